@@ -212,8 +212,7 @@ class KeptCaches:
             tree = self._trees.setdefault(app, PrefixTree())
             num_tokens = min(num_tokens, cascade.num_filled(0))
             prefix = tree.find(cascade.token_ids[:num_tokens], self._num_uses)
-            num_missing = num_tokens - min(map(prefix.num_positions, range(cascade.num_blocks)))
-            num_bytes = num_missing * cascade.position_bytes
+            num_bytes = missing_bytes(cascade, num_tokens, prefix)
             idle = self._idle_apps()
             others = [
                 name
@@ -256,6 +255,14 @@ class KeptCaches:
     def _drop_empty(self) -> None:
         for app in [app for app, tree in self._trees.items() if not tree.num_bytes]:
             del self._trees[app]
+
+
+def missing_bytes(cascade: Cascade, num_tokens: int, prefix: Prefix) -> int:
+    """Return the memory of what a cascade has run of its first `num_tokens`, beyond a prefix."""
+    num_bytes = cascade.token_ids[len(prefix) : num_tokens].nbytes
+    for block in range(cascade.num_blocks):
+        num_bytes += cascade.state(block, prefix.num_positions(block), num_tokens).num_bytes
+    return num_bytes
 
 
 def shared_length(one: Int64, other: Int64) -> int:

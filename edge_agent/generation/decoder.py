@@ -134,6 +134,7 @@ class Decoder:
         self._lock = lock or FairLock().of("")
         self._measurements = measurements or Measurements()
         self._num_offered = 0
+        self._run_s = 0.0  # without the waits for other sequences
         self._proposer = proposer if partition.has_all_exits and one_by_one_from is None else None
         self._eos_token_ids = eos_token_ids
         self._budget = ProposalBudget()
@@ -192,6 +193,7 @@ class Decoder:
         self._append(len(self.text))
         start = self.cascade.num_tokens - 1
         started = time.monotonic()
+        run_s = self._run_s
         if self.cascade.num_filled(0) > start:
             # An exit's candidates belong to a position that ran last, which may have been dropped
             # since. So run the newest position again.
@@ -213,9 +215,8 @@ class Decoder:
         self.cascade.truncate(start + len(choices))
         self._offer(self._upload_block, text)
         if is_step:  # not for a prompt, which takes longer than one token
-            elapsed_s = time.monotonic() - started
-            self._measurements.step_done(elapsed_s / len(choices))
-            self._measurements.chunk_done(len(proposals) + 1, elapsed_s)
+            self._measurements.step_done((time.monotonic() - started) / len(choices))
+            self._measurements.chunk_done(len(proposals) + 1, self._run_s - run_s)
         self.num_steps += 1
         return choices
 
@@ -312,7 +313,9 @@ class Decoder:
     def _locked(self) -> Iterator[None]:
         self.check()
         with self._lock:
+            started = time.monotonic()
             yield
+            self._run_s += time.monotonic() - started
 
     def _append(self, num_tokens: int) -> None:
         """Append tokens of the text to the cascade, until it has the first `num_tokens`."""

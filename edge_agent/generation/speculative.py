@@ -46,7 +46,8 @@ class Draft:
 
     `confidence` is that of the exit, or None for a token from prompt lookup or a kept proposal.
     `is_confident` means that an exit would emit the token. `proposal` is one that the exit
-    rejected.
+    rejected. `emitted_token` is the one that an exit would emit here, also if a proposal is kept in
+    its place; None if no exit is confident.
     """
 
     token_id: int
@@ -57,6 +58,7 @@ class Draft:
     is_confident: bool
     top: TopTokens = ()
     proposal: RejectedProposal | None = None
+    emitted_token: int | None = None
 
     def as_own(self) -> GeneratedToken:
         """Return this draft as a token that the device emits without a verdict."""
@@ -217,7 +219,7 @@ class SpeculativeDecoder:
     def _as_draft(self, choice: ExitChoice, *, trusts_exits: bool) -> Draft:
         """Return an exit's choice as a draft, or the proposal that is kept in its place."""
         if choice.proposal and choice.proposal.is_kept:
-            return self._kept_draft(choice.proposal)
+            return self._kept_draft(choice, choice.proposal)
         is_certain = trusts_exits and choice.is_confident
         return Draft(
             token_id=choice.token_id,
@@ -228,9 +230,10 @@ class SpeculativeDecoder:
             is_confident=choice.is_confident,
             top=choice.top,
             proposal=choice.proposal,
+            emitted_token=_emitted_token(choice),
         )
 
-    def _kept_draft(self, proposal: RejectedProposal) -> Draft:
+    def _kept_draft(self, choice: ExitChoice, proposal: RejectedProposal) -> Draft:
         return Draft(
             token_id=proposal.token_id,
             logprob=0.0,
@@ -239,6 +242,7 @@ class SpeculativeDecoder:
             confidence=None,
             is_confident=False,
             proposal=proposal,
+            emitted_token=_emitted_token(choice),
         )
 
     def _chance(self, confidence: float) -> float:
@@ -316,12 +320,10 @@ class SpeculativeDecoder:
             # With trusted exits the cloud judges only drafts below the threshold. These verdicts do
             # not count in the measured `acceptance`, which is a share of all drafts.
             self._measurements.draft_judged(is_accepted=is_accepted)
-        if draft.confidence is None:
-            return
-        if draft.is_confident:
+        if draft.emitted_token is not None:
             self.num_judged += 1
-            self.num_agreed += is_accepted
-        else:
+            self.num_agreed += token_id == draft.emitted_token
+        elif draft.confidence is not None:
             self._measurements.guess_judged(is_accepted=is_accepted)
 
     def _rewind(self, num_tokens: int) -> None:
@@ -333,6 +335,11 @@ class SpeculativeDecoder:
 def _confident_run(drafts: Iterable[Draft]) -> list[Draft]:
     """Return the confident drafts at the beginning."""
     return list(takewhile(lambda draft: draft.is_confident, drafts))
+
+
+def _emitted_token(choice: ExitChoice) -> int | None:
+    """Return the token of a confident exit."""
+    return choice.token_id if choice.is_confident else None
 
 
 def top_of(response: Verified, index: int) -> TopTokens:

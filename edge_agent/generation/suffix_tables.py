@@ -74,7 +74,12 @@ class SuffixTables:
 
     @classmethod
     def for_bundle(cls, manifest: Manifest, folder: Path | None, storage: TableStorage) -> Self:
-        """Return the tables of a device that serves this bundle; `folder` None has no files."""
+        """Return the tables of a device that serves this bundle; `folder` None has no files.
+
+        Unless they are stored on disk, the files that are there are removed.
+        """
+        if folder and storage != "disk":
+            _remove_files(folder)
         return cls(
             folder if storage == "disk" else None,
             manifest.tokenizer_sha256,
@@ -190,6 +195,14 @@ class _KeptTable:
     def is_changed(self) -> bool:
         """Whether the file lacks a text."""
         return self.num_saved < self.table.num_added
+
+
+def _remove_files(folder: Path) -> None:
+    try:
+        for path in folder.glob(f"*{SUFFIX}"):
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("suffix tables in %s cannot be removed: %s", folder, error)
 
 
 def _read(path: Path) -> bytes:

@@ -250,7 +250,7 @@ class ProcessFleet:
             yield
             answer = beside.result(ANSWER_S)
         judge(self.bundle, BESIDE, answer)
-        assert may_notice or answer.last.note is None
+        assert may_notice or answer.last.note is None, answer.last.note
 
     def answer_through(
         self, fault: Callable[[], None], *, may_neighbour_notice: bool = False

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from edge_agent.config import TableStorage
 from edge_agent.generation import suffix_tables
 from edge_agent.generation.suffix_table import SuffixTable
 from edge_agent.generation.suffix_tables import MAX_TABLES, SAVE_S, SuffixTables
+from fleet.bundles.manifest import Bundle
 from fleet.utils.atomic_files import write_file
 
 TOKENIZER = "ab" * 32
@@ -206,4 +208,16 @@ def test_tables_that_are_off_keep_nothing(tmp_path: Path) -> None:
     tables.of("app-1").add([1, 2, 3, 4])
     tables.save(is_last=True)
     assert next_token(tables.of("app-1")) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("storage", ["memory", "off"])
+def test_files_are_removed_unless_tables_are_stored_on_disk(
+    tiny_bundle: Bundle, tmp_path: Path, storage: TableStorage
+) -> None:
+    tables = SuffixTables.for_bundle(tiny_bundle.manifest, tmp_path, "disk")
+    tables.of("app-1").add([1, 2, 3, 4])
+    tables.save(is_last=True)
+    assert list(tmp_path.iterdir())
+    SuffixTables.for_bundle(tiny_bundle.manifest, tmp_path, storage)
     assert list(tmp_path.iterdir()) == []

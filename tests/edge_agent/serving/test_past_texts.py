@@ -87,3 +87,22 @@ def test_a_repeated_prompt_drafts_its_answer_and_gets_the_same_verified_one(
             answers.append(fleet.ask(PROMPT))
     assert LOOKUP in answers[-1].sources
     assert all(answer.token_ids == answers[0].token_ids for answer in answers)
+
+
+def test_a_kept_proposal_does_not_hide_the_exit_from_the_sample(
+    make_tiny_bundle: MakeTinyBundle,
+) -> None:
+    bundle = make_tiny_bundle((1, 2), None, None, "balanced")
+    config = AgentConfig(num_threads=1, max_new_tokens=24, agreement_sample=1.0, thresholds=(0, 0))
+    with memory_fleet() as fleet:
+        fleet.start_worker(bundle)
+        fleet.start_device(bundle, config)
+        answers = [fleet.ask(PROMPT)]
+        while LOOKUP not in answers[-1].sources and len(answers) < MOST_ANSWERS:
+            answers.append(fleet.ask(PROMPT))
+        reports = [fleet.reports.get(timeout=WAIT_S) for _ in answers]
+    assert LOOKUP in answers[-1].sources
+    counts = {(report.tokens, report.judged, report.agreed) for report in reports}
+    assert len(counts) == 1
+    ((num_tokens, num_judged, num_agreed),) = counts
+    assert num_judged == num_tokens > num_agreed
