@@ -1,0 +1,1 @@
+"""The operations of operators on the registry of this fleet."""
