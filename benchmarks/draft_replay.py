@@ -7,15 +7,15 @@ right. The constants of the proposers were chosen by these figures (docs/adr/005
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from msgspec import Struct
 
 from edge_agent.generation.combined_proposer import CombinedProposer
+from edge_agent.generation.decoder import MAX_PROPOSALS
+from edge_agent.generation.proposal_budget import ProposalBudget
 from edge_agent.generation.suffix_table import SuffixTable
 from edge_agent.measurements import FURTHER_COST
-
-MAX_PROPOSALS: Final = 15
 
 
 class RecordedAnswer(NamedTuple):
@@ -50,7 +50,7 @@ def replay(
     chunks: list[int] = []
     for answer in answers:
         table = tables.setdefault(answer.trigger, SuffixTable()) if with_tables else SuffixTable()
-        chunks += replay_answer(answer, CombinedProposer(table, chunk_cost))
+        chunks += replay_answer(answer, CombinedProposer(table, chunk_cost), chunk_cost)
         num_tokens += len(answer.token_ids) - 1
         table.add([*answer.prompt_ids, *answer.token_ids])
     cost = sum(map(chunk_cost, chunks))
@@ -60,17 +60,23 @@ def replay(
     )
 
 
-def replay_answer(answer: RecordedAnswer, proposer: CombinedProposer) -> list[int]:
+def replay_answer(
+    answer: RecordedAnswer, proposer: CombinedProposer, chunk_cost: Callable[[int], float]
+) -> list[int]:
     """Return the number of positions of each step after the first token."""
     rest = answer.token_ids[1:]
     proposer.extend([*answer.prompt_ids, *answer.token_ids[:1]])
+    budget = ProposalBudget()
     chunks = []
     while rest:
-        proposed = proposer.propose(min(MAX_PROPOSALS, len(rest) - 1))
+        max_tokens = 0 if budget.is_spent else min(MAX_PROPOSALS, len(rest) - 1)
+        proposed = proposer.propose(max_tokens) if max_tokens else []
         num_right = 0
         while num_right < len(proposed) and proposed[num_right] == rest[num_right]:
             num_right += 1
-        proposer.learn(len(proposed), num_right)
+        if proposed:
+            proposer.learn(len(proposed), num_right)
+        budget.count(num_right + 1, chunk_cost(len(proposed) + 1) / chunk_cost(1))
         proposer.extend(rest[: num_right + 1])
         rest = rest[num_right + 1 :]
         chunks.append(len(proposed) + 1)

@@ -1,14 +1,15 @@
 """Tokens a step, speed and round trips with proposals, against one token a step.
 
     fleet bench drafts [--prompts FILE] [--limit 40] [--max-new-tokens 96] [--split 24]
-        [--threads 1] [--bundle DIR] [--no-verified] [--json]
+        [--threads 1] [--bundle DIR] [--no-verified] [--link-ms 40] [--json]
 
 Sets are the project's trigger events and the prompts of a file, evenly spread over it. Each prompt
 is answered twice, with proposals and without, in an order that changes from prompt to prompt. The
 suffix tables begin empty. Answers that differ are listed with the distance of the two logits at the
 first difference. The mode `verified` runs after that on a device and a worker in this process, with
-tables that begin empty, too. `replay` has the figures that the same answers are expected to have
-with the text alone and with the tables, if a further position costs a quarter of a step.
+tables that begin empty, too, and messages that take `--link-ms` for a round trip: the device drafts
+more where a round trip takes longer. `replay` has the figures that the same answers are expected to
+have with the text alone and with the tables, if a further position costs a quarter of a step.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from msgspec import Struct, to_builtins
 from msgspec.structs import replace
 from rich.table import Table
 
+from benchmarks.delayed_link import DelayedBroker
 from benchmarks.draft_replay import RecordedAnswer, ReplayFigures, replay, usual_cost
 from benchmarks.draft_sets import PROMPTS, DraftPrompt, file_prompts, trigger_prompts
 from benchmarks.edge import machine
@@ -241,12 +243,17 @@ def source_figures(judged: int, accepted: int) -> SourceFigures:
 
 
 def round_trips(
-    bundle: Bundle, prompts: Sequence[DraftPrompt], num_threads: int, max_new_tokens: int
+    bundle: Bundle,
+    prompts: Sequence[DraftPrompt],
+    num_threads: int,
+    max_new_tokens: int,
+    *,
+    link_s: float,
 ) -> float:
     """Return the round trips a token of verified answers; each trigger has an app of its own."""
     num_round_trips = 0
     num_tokens = 0
-    with InProcessFleet(bundle, num_threads) as fleet:
+    with InProcessFleet(bundle, num_threads, broker=DelayedBroker(link_s)) as fleet:
         names = {prompt.trigger or "prompts" for prompt in prompts}
         clients = {name: PromptClient(fleet.connect(name)) for name in names}
         for prompt in prompts:
@@ -301,6 +308,9 @@ def run(
     verified: Annotated[
         bool, typer.Option(help="Measure the round trips of the mode verified, too.")
     ] = True,
+    link_ms: Annotated[
+        float, typer.Option(min=0, max=10_000, help="Round trip of the link to the worker.")
+    ] = 40.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compare answers with proposals with answers of one token a step."""
@@ -319,10 +329,11 @@ def run(
     if verified:
         for name, members in sets.items():
             progress(f"{name}: verified")
-            trips = round_trips(loaded, members, threads, max_new_tokens)
+            trips = round_trips(loaded, members, threads, max_new_tokens, link_s=link_ms / 1e3)
             figures[name] = replace(figures[name], round_trips_per_token=trips)
     if as_json:
         result: dict[str, Any] = {"machine": machine(), "split": layers, "threads": threads}
+        result["link_ms"] = link_ms
         print(json.dumps(to_builtins({**result, "sets": figures})))
     else:
         print_figures(figures)

@@ -12,6 +12,7 @@ from fleet.protocol.modes import FALLBACK
 from fleet.protocol.prompt import PromptRequest
 from fleet.server.local_fleet import ASSIST_DEADLINE_MS, DEVICE, LocalFleet
 from fleet.transport.answers import Answer
+from fleet.transport.in_memory import InMemoryBroker
 
 ANSWER_MS: Final = 600_000
 
@@ -30,14 +31,20 @@ class InProcessFleet(LocalFleet):
     The device answers `max_requests` at once.
     """
 
-    def __init__(self, bundle: Bundle, num_threads: int, max_requests: int = 1) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        num_threads: int,
+        max_requests: int = 1,
+        broker: InMemoryBroker | None = None,
+    ) -> None:
         config = AgentConfig(
             num_threads=num_threads,
             max_concurrent_requests=max_requests,
             assist_deadline_ms=ASSIST_DEADLINE_MS,
             answer_deadline_ms=ANSWER_MS,
         )
-        super().__init__(bundle, config, WorkerConfig(num_threads=num_threads))
+        super().__init__(bundle, config, WorkerConfig(num_threads=num_threads), broker=broker)
 
     def ask(self, request: PromptRequest) -> FleetAnswer:
         """Return the device's answer.

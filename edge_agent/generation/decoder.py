@@ -21,12 +21,13 @@ from fleet.errors import ConstraintError
 from fleet.exits.exit_policy import exit_emits
 from fleet.exits.thresholds import OFF
 from fleet.graphs.cascade import Cascade, ChunkContext
-from fleet.graphs.partition import MAX_EXITS, ExitCandidates, Partition
+from fleet.graphs.partition import ExitCandidates, Partition
 from fleet.protocol.choice_rules import LogitsOf, RankedTokens, rank_tokens, top_tokens
 from fleet.protocol.messages import NO_RULES, ChoiceRules, Sampling, TopTokens
 from fleet.protocol.sampling import draw
 
 HEAD_ROWS: Final = 4
+MAX_PROPOSALS: Final = 15  # a longer chunk loses more when an early guess is wrong
 """Positions of a chunk for which the LM head runs at once."""
 
 
@@ -160,7 +161,7 @@ class Decoder:
         They are what :meth:`choose` would give one after the other. But a rejected proposal that
         the caller `prefers` to the exit's choice stays in the text, and what follows it, too.
         """
-        proposals = self._propose(min(max_tokens, MAX_EXITS) - 1)
+        proposals = self._propose(min(max_tokens - 1, MAX_PROPOSALS))
         choices = self._choose_run(proposals, prefers)
         if proposals and self._proposer:
             self._proposer.learn(len(proposals), _num_chosen(choices, proposals))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-FREE_STEPS: Final = 1.0
+FREE_STEPS: Final = 3.0
 MAX_LOSS: Final = 0.02
 
 

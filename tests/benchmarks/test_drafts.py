@@ -33,9 +33,9 @@ def test_a_replayed_answer_takes_a_step_for_each_first_token_that_was_not_propos
     table = SuffixTable()
     table.add(range(40))
     answer = RecordedAnswer([99, 0, 1, 2], [3, 4, 5, 6, 77, 8], None)
-    chunks = replay_answer(answer, CombinedProposer(table, cost))
+    chunks = replay_answer(answer, CombinedProposer(table, cost), cost)
     assert chunks == [5, 1]
-    assert replay_answer(answer, CombinedProposer(SuffixTable(), cost)) == [1] * 5
+    assert replay_answer(answer, CombinedProposer(SuffixTable(), cost), cost) == [1] * 5
 
 
 def test_a_replay_compares_the_text_alone_with_past_answers_of_its_trigger() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import onnx
 import pytest
 
-from edge_agent.generation.decoder import Decoder, GeneratedToken
+from edge_agent.generation.decoder import MAX_PROPOSALS, Decoder, GeneratedToken
 from edge_agent.generation.generator import Generator
 from edge_agent.generation.mode_controller import ModeController
 from edge_agent.generation.mode_policy import Targets
@@ -305,8 +305,8 @@ def test_a_constraint_allows_the_same_tokens(partition: Partition, tmp_path: Pat
 
 
 def test_proposals_fit_the_exits_that_a_run_keeps(partition: Partition) -> None:
-    expected, _ = generate(partition, (1.0, 1.0), Sampling(), num_tokens=2 * MAX_EXITS)
+    expected, _ = generate(partition, (1.0, 1.0), Sampling(), num_tokens=64)
     proposer = KnownText([*PROMPT, *(token.token_id for token in expected)], wrong_every=999)
-    tokens, _ = generate(partition, (1.0, 1.0), Sampling(), proposer, num_tokens=2 * MAX_EXITS)
+    tokens, _ = generate(partition, (1.0, 1.0), Sampling(), proposer, num_tokens=64)
     assert_same(tokens, expected)
-    assert max(proposed for proposed, _ in proposer.results) == MAX_EXITS - 1
+    assert max(proposed for proposed, _ in proposer.results) == MAX_PROPOSALS < MAX_EXITS
