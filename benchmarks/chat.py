@@ -4,8 +4,8 @@
         [--mode verified] [--bundle DIR] [--no-peers] [--plot FILE] [--json]
 
 Server, worker and device are processes as `fleet up` and `edge-agent run` start them, with the
-embedded broker and its TLS. An app has a conversation: each turn sends the whole history. Right
-after each turn, an app that is new to the device sends the same prompt, of which nothing is kept
+embedded broker and its TLS. An app has a conversation: each turn sends the whole history. Then, for
+each turn, an app that is new to the device sends the same prompt, of which nothing is kept
 ("fresh"), and another one a prompt as long as the turn's new text alone ("new_text"). Peers are
 llama.cpp with and without its prompt cache; each engine continues its own answers.
 """
@@ -116,27 +116,37 @@ class ChatBench:
         self._options = options
 
     def converse(self, questions: Sequence[str]) -> Conversation:
-        """Have one chat, and ask each of its prompts again without what is kept."""
-        conversation = Conversation([], [], [], same_answers=True)
+        """Have one chat, then ask each of its prompts again without what is kept.
+
+        The chat comes first, since each new app takes memory for its own prompts.
+        """
         messages: list[ChatMessage] = []
+        requests: list[PromptRequest] = []
+        new_texts: list[PromptRequest] = []
+        answers: list[Answer] = []
+        turns: list[TurnRow] = []
         before: list[int] = []
         self._responder.begin()
         for turn, question in enumerate(questions, 1):
             messages.append(ChatMessage("user", question))
-            request = PromptRequest(messages=tuple(messages), **self._options)
-            ids = self._tokenizer.encode(request)
+            requests.append(PromptRequest(messages=tuple(messages), **self._options))
+            ids = self._tokenizer.encode(requests[-1])
             num_kept = common_prefix(before, ids)
-            answer = self._responder.ask(request, reuse=True)
-            fresh = self._responder.ask(request, reuse=False)
-            alone = self._responder.ask(self._text_of(ids[num_kept:]), reuse=False)
-            conversation.turns.append(turn_row(turn, answer, num_kept))
-            conversation.fresh.append(turn_row(turn, fresh))
-            conversation.new_text.append(turn_row(turn, alone))
-            is_same = conversation.same_answers and fresh.token_ids == answer.token_ids
-            conversation = replace(conversation, same_answers=is_same)
-            messages.append(ChatMessage("assistant", answer.text))
-            before = [*ids, *answer.token_ids]
-        return conversation
+            new_texts.append(self._text_of(ids[num_kept:]))
+            answers.append(self._responder.ask(requests[-1], reuse=True))
+            turns.append(turn_row(turn, answers[-1], num_kept))
+            messages.append(ChatMessage("assistant", answers[-1].text))
+            before = [*ids, *answers[-1].token_ids]
+        fresh = [self._responder.ask(request, reuse=False) for request in requests]
+        alone = [self._responder.ask(text, reuse=False) for text in new_texts]
+        return Conversation(
+            turns=turns,
+            fresh=list(itertools.starmap(turn_row, enumerate(fresh, 1))),
+            new_text=list(itertools.starmap(turn_row, enumerate(alone, 1))),
+            same_answers=all(
+                one.token_ids == other.token_ids for one, other in zip(answers, fresh, strict=True)
+            ),
+        )
 
     def _text_of(self, ids: Sequence[int]) -> PromptRequest:
         """Return a prompt of these tokens, for the first token of its answer."""

@@ -101,6 +101,7 @@ class SpeculativeDecoder:
         self._num_asked = 0
         self._asked_trusting = False
         self._asked_at = 0.0
+        self._has_begun = False
 
     @property
     def has_drafts(self) -> bool:
@@ -118,6 +119,9 @@ class SpeculativeDecoder:
         Prompt lookup is then off: it drafts tokens without running the exits, so the device would
         not notice that an exit is confident and the token needs no verdict.
 
+        The first request has the drafts of one step, so that the first token comes soon; the device
+        drafts on meanwhile.
+
         A call adds drafts only while there are fewer than `max_tokens` drafts, and fewer than the
         decoder's `max_draft`. With 0 it adds none: it requests a verdict on the existing drafts,
         unless a request is pending already. Each call waits for a verdict for at most `SLICE_S`
@@ -133,7 +137,7 @@ class SpeculativeDecoder:
         room = min(max_tokens, self._max_draft) - len(self._drafts)
         may_draft = room > 0 and self._may_draft()
         if not self._num_asked:
-            if may_draft and (not self._drafts or self._is_worth_another()):
+            if may_draft and (not self._drafts or (self._has_begun and self._is_worth_another())):
                 self._draft(room, trusts_exits=trusts_exits)
                 return self._pop_confident() if trusts_exits else []
             if not self._drafts:
@@ -273,6 +277,7 @@ class SpeculativeDecoder:
             drafts = drafts[:-1]
         self._num_asked = len(drafts)
         self._asked_trusting = trusts_exits
+        self._has_begun = True
         self._asked_at = time.monotonic()
         start = self._num_certain - 1
         self._decoder.upload(start + len(drafts))
