@@ -6,10 +6,12 @@ from typing import Annotated
 
 import typer
 
+from fleet.cli.access import call_fleet
 from fleet.cli.options import DeviceArgument, HomeOption, JsonOption, checked_name, print_json
-from fleet.errors import ConfigError
 from fleet.identity.enrolment import format_tags, parse_tags
-from fleet.server.home import FleetHome
+from fleet.operator_api.device_operations import TAG_DEVICE, TagChange
+from fleet.operator_api.identity_operations import ALLOW, DISALLOW, TargetChange
+from fleet.registry.results import IdentityRow
 from fleet.utils.printable import print_line
 
 AppArgument = Annotated[
@@ -33,10 +35,8 @@ def allow_app(
     as_json: JsonOption = False,
 ) -> None:
     """Let an app prompt devices, and devices act on its events, from now on."""
-    home = FleetHome.load(folder)
-    with home.registry() as registry:
-        registry.identities.allow(app, targets)
-    _print_targets(home, app, as_json=as_json)
+    change = TargetChange(name=app, targets=tuple(targets))
+    _print_targets(call_fleet(folder, ALLOW, change), as_json=as_json)
 
 
 def disallow_app(
@@ -46,10 +46,8 @@ def disallow_app(
     as_json: JsonOption = False,
 ) -> None:
     """Withdraw targets that 'fleet allow' or 'fleet enroll --allow' gave, by the same names."""
-    home = FleetHome.load(folder)
-    with home.registry() as registry:
-        registry.identities.disallow(app, targets)
-    _print_targets(home, app, as_json=as_json)
+    change = TargetChange(name=app, targets=tuple(targets))
+    _print_targets(call_fleet(folder, DISALLOW, change), as_json=as_json)
 
 
 def tag_device(
@@ -60,25 +58,17 @@ def tag_device(
     as_json: JsonOption = False,
 ) -> None:
     """Set or remove tags of a device; apps may be allowed all devices of a tag."""
-    if not tags and not remove:
-        raise ConfigError("nothing to do: give tags like floor=1, or --remove floor")
-    new_tags = parse_tags(tags or ())
-    both = ", ".join(key for key in new_tags if key in (remove or ()))
-    if both:
-        raise ConfigError(f"{both} is to be set and to be removed; give each tag once")
-    with FleetHome.load(folder).registry() as registry:
-        registry.identities.tag(device, new_tags, remove or ())
-        row = registry.stats.device(device)
+    change = TagChange(device=device, tags=parse_tags(tags or ()), remove=tuple(remove or ()))
+    change.check()
+    row = call_fleet(folder, TAG_DEVICE, change)
     if as_json:
         print_json({"device": device, "tags": row.tags})
     else:
         print_line(f"{device} has {', '.join(format_tags(row.tags)) or 'no tags'}")
 
 
-def _print_targets(home: FleetHome, app: str, *, as_json: bool) -> None:
-    with home.registry() as registry:
-        (row,) = (row for row in registry.identities.all() if row.name == app)
+def _print_targets(row: IdentityRow, *, as_json: bool) -> None:
     if as_json:
-        print_json({"app": app, "targets": row.targets})
+        print_json({"app": row.name, "targets": row.targets})
     else:
-        print_line(f"{app} may prompt {', '.join(row.targets) or 'no device'}")
+        print_line(f"{row.name} may prompt {', '.join(row.targets) or 'no device'}")

@@ -9,6 +9,7 @@ import msgspec
 import typer
 from rich.console import Console
 
+from fleet.cli.access import fleet_access, latest_rows
 from fleet.cli.options import (
     MAX_ROWS,
     TO_THE_SECOND,
@@ -20,8 +21,9 @@ from fleet.cli.options import (
     print_json,
 )
 from fleet.cli.views import cell_of, lines_table
+from fleet.operator_api.audit_operations import LIST_CHANGES, AuditQuery
+from fleet.operator_api.paging import MAX_PAGE, walk_pages
 from fleet.registry.results import AuditRow
-from fleet.server.home import FleetHome
 from fleet.utils.console import new_console
 
 SubjectArgument = Annotated[
@@ -38,8 +40,10 @@ def list_changes(
     as_json: JsonOption = False,
 ) -> None:
     """List the latest changes to the fleet, newest first."""
-    with FleetHome.load(folder).registry() as registry:
-        rows = registry.audit_log.entries(subject, parse_since(since), limit)
+    query = AuditQuery(subject=subject, since=parse_since(since), limit=min(limit, MAX_PAGE))
+    with fleet_access(folder) as access:
+        pages = walk_pages(access, LIST_CHANGES, query)
+        rows = latest_rows((page.changes for page in pages), limit)
     if as_json:
         print_json(rows)
     else:

@@ -7,16 +7,23 @@ from pathlib import Path
 from typing import Annotated, Final
 
 import typer
-from msgspec.structs import asdict
 
 from fleet.bundles.manifest import Bundle
 from fleet.bundles.signature import SIGNATURE_FILE, sign_bundle
-from fleet.bundles.store import bundle_bytes
 from fleet.bundles.verify import Verdict, verify_bundle
+from fleet.cli.access import call_fleet
 from fleet.cli.fitted_table import FittedTable
 from fleet.cli.options import HomeOption, JsonOption, format_time, print_json
 from fleet.errors import BundleError, ConfigError
-from fleet.registry.results import BundleRow
+from fleet.operator_api.bundle_operations import (
+    LIST_BUNDLES,
+    REMOVE_BUNDLE,
+    RENAME_BUNDLE,
+    BundleNaming,
+    BundleRemoval,
+    StoredBundle,
+)
+from fleet.operator_api.operation import NoFields
 from fleet.server.home import FleetHome
 from fleet.utils.command_group import CommandGroup
 from fleet.utils.console import new_console, outside_text
@@ -133,12 +140,11 @@ def rename(
     as_json: JsonOption = False,
 ) -> None:
     """Give a bundle a name, which every command accepts instead of its id."""
-    with FleetHome.load(folder).registry() as registry:
-        bundle_id = registry.rollouts.rename_bundle(bundle, name)
+    named = call_fleet(folder, RENAME_BUNDLE, BundleNaming(bundle=bundle, name=name))
     if as_json:
-        print_json({"bundle_id": bundle_id, "name": name})
+        print_json(named)
     else:
-        print_line(f"bundle {bundle_id} is named {name}")
+        print_line(f"bundle {named.bundle_id} is named {name}")
 
 
 @app.command()
@@ -149,35 +155,24 @@ def remove(
     as_json: JsonOption = False,
 ) -> None:
     """Remove a bundle that no device needs, and delete its files from the fleet's folder."""
-    bundle_id, freed_bytes = FleetHome.load(folder).remove_bundle(bundle, force=force)
+    removed = call_fleet(folder, REMOVE_BUNDLE, BundleRemoval(bundle=bundle, force=force))
     if as_json:
-        print_json({"bundle_id": bundle_id, "freed_bytes": freed_bytes})
+        print_json(removed)
     else:
-        print_line(f"bundle {bundle_id} is removed; {freed_bytes / MB:,.1f} MB are free")
+        freed_mb = removed.freed_bytes / MB
+        print_line(f"bundle {removed.bundle_id} is removed; {freed_mb:,.1f} MB are free")
 
 
 @app.command("list")
 def list_bundles(folder: HomeOption = None, as_json: JsonOption = False) -> None:
     """List the bundles: their size on disk, devices and workers, and an open roll-out."""
-    home = FleetHome.load(folder)
-    with home.registry() as registry:
-        rows = [_stored(home, row) for row in registry.rollouts.bundles()]
+    rows = call_fleet(folder, LIST_BUNDLES, NoFields()).bundles
     if as_json:
         print_json(rows)
     elif rows:
         new_console().print(bundles_table(rows))
     else:
         print("bundles: none yet; add one with 'fleet bundle add DIR'")
-
-
-class StoredBundle(BundleRow, frozen=True, kw_only=True):
-    """A bundle, and the size of its files in the fleet's folder, or None if they are missing."""
-
-    disk_bytes: int | None
-
-
-def _stored(home: FleetHome, row: BundleRow) -> StoredBundle:
-    return StoredBundle(**asdict(row), disk_bytes=bundle_bytes(home.bundles, row.bundle_id))
 
 
 def bundles_table(rows: Sequence[StoredBundle]) -> FittedTable:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import Annotated
 
 import typer
 
+from fleet.cli.access import call_fleet, fleet_access
 from fleet.cli.options import (
     DeviceArgument,
     GroupOption,
@@ -17,14 +18,14 @@ from fleet.cli.options import (
 )
 from fleet.cli.sessions import print_sessions
 from fleet.cli.stats_views import print_devices, print_stats, switch_text
-from fleet.identity.enrolment import format_tags
-from fleet.server.home import FleetHome
+from fleet.operator_api.device_operations import (
+    LIST_DEVICES,
+    SHOW_DEVICE,
+    DeviceQuery,
+    DeviceWindow,
+)
+from fleet.operator_api.paging import MAX_PAGE, walk_pages
 from fleet.utils.console import new_console, outside_text
-
-if TYPE_CHECKING:
-    from fleet.registry.results import DeviceRow
-
-NUM_SESSIONS: Final = 5
 
 OnlineOption = Annotated[
     bool | None, typer.Option("--online/--offline", help="Only devices that are online or offline.")
@@ -44,24 +45,17 @@ def devices(
     as_json: JsonOption = False,
 ) -> None:
     """List the devices: online or not, bundle, last seen."""
-
-    def is_shown(row: DeviceRow) -> bool:
-        return (
-            (group is None or row.group == group)
-            and (online is None or row.online == online)
-            and (tag is None or tag in format_tags(row.tags))
-            and (state is None or row.state == state)
-        )
-
-    with FleetHome.load(folder).registry() as registry:
-        enrolled = registry.stats.devices()
-    rows = [row for row in enrolled if is_shown(row)]
+    query = DeviceQuery(group=group, online=online, tag=tag, state=state, limit=MAX_PAGE)
+    with fleet_access(folder) as access:
+        pages = walk_pages(access, LIST_DEVICES, query)
+        rows = [row for page in pages for row in page.devices]
+        num_enrolled = len(rows) or access.call(LIST_DEVICES, DeviceQuery(limit=1)).total
     if as_json:
         print_json(rows)
     elif rows:
         print_devices(new_console(), rows)
-    elif enrolled:
-        print(f"devices: none of {len(enrolled)} matches these options; leave one out")
+    elif num_enrolled:
+        print(f"devices: none of {num_enrolled} matches these options; leave one out")
     else:
         print("devices: none yet; enrol one with 'fleet enroll NAME'")
 
@@ -73,16 +67,13 @@ def device(
     as_json: JsonOption = False,
 ) -> None:
     """Show one device in detail: its last status, its counts and its latest sessions."""
-    with FleetHome.load(folder).registry() as registry:
-        (counts,) = registry.stats.per_device(name, parse_since(since))
-        row = registry.stats.device(name)
-        sessions = registry.stats.sessions(name, NUM_SESSIONS)
+    shown = call_fleet(folder, SHOW_DEVICE, DeviceWindow(device=name, since=parse_since(since)))
     if as_json:
-        print_json({"device": row, "stats": counts, "sessions": sessions})
+        print_json({"device": shown.device, "stats": shown.stats, "sessions": shown.sessions})
         return
     console = new_console()
-    print_devices(console, [row])
-    print_stats(console, [counts], "answers")
-    for reason, times in counts.switches.items():
+    print_devices(console, [shown.device])
+    print_stats(console, [shown.stats], "answers")
+    for reason, times in shown.stats.switches.items():
         console.print(outside_text(switch_text(reason, times)))
-    print_sessions(console, sessions, "latest sessions")
+    print_sessions(console, shown.sessions, "latest sessions")

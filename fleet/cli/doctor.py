@@ -16,9 +16,10 @@ from packaging.requirements import Requirement
 
 from edge_agent.config import AgentConfig
 from fleet.bundles.instruction_sets import instruction_sets
-from fleet.cli.fleet_checks import Check, check_fleet
 from fleet.cli.options import HomeOption, JsonOption, print_json
 from fleet.errors import ConfigError
+from fleet.operator_api.audit_operations import Check
+from fleet.server.fleet_checks import check_fleet
 from fleet.server.home import FleetHome
 from fleet.utils.free_memory import free_memory
 from fleet.utils.paths import existing_folder

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import Annotated, Final
 
 import typer
 from msgspec import Struct
 
+from fleet.cli.access import call_fleet, fleet_access
 from fleet.cli.options import (
     HomeOption,
     JsonOption,
@@ -18,7 +19,7 @@ from fleet.cli.options import (
     parse_ttl,
     print_json,
 )
-from fleet.errors import ConfigError
+from fleet.errors import ConfigError, UnknownDeviceError
 from fleet.identity.enrolment import (
     Enrolment,
     check_enrolments,
@@ -26,20 +27,30 @@ from fleet.identity.enrolment import (
     parse_tags,
     read_enrolments,
 )
+from fleet.operator_api.fleet_access import FleetAccess
+from fleet.operator_api.identity_operations import (
+    ENROLL,
+    LIST_IDENTITIES,
+    MAX_TTL_S,
+    RESUME,
+    REVOKE,
+    SHOW_IDENTITY,
+    SUSPEND,
+    EnrolmentOrder,
+    IdentityKey,
+    IdentityQuery,
+    Invitation,
+)
+from fleet.operator_api.operation import Operation
+from fleet.operator_api.paging import MAX_PAGE, walk_pages
 from fleet.protocol.access import Role
-from fleet.protocol.enrolment_api import EnrolmentToken
-from fleet.protocol.types import DAY_S
 from fleet.registry.identities.lifecycle import LIMITED_BY_CERTIFICATE
-from fleet.registry.results import NewToken
-from fleet.server.home import FleetHome, check_own_names
+from fleet.registry.results import IdentityRow
+from fleet.server.home import FleetHome
 from fleet.utils.path_options import path_option
 from fleet.utils.paths import absolute_path
 from fleet.utils.printable import printable_line
 
-if TYPE_CHECKING:
-    from fleet.registry.store import Registry
-
-MAX_TTL_S: Final = 30 * DAY_S
 NAME_HELP: Final = "a-z, 0-9, '-' and '_'."
 
 NameArgument = Annotated[str, typer.Argument(help=NAME_HELP, callback=checked_name)]
@@ -80,41 +91,6 @@ SharedSubscriptionsOption = Annotated[
         help="For a worker at an MQTT 5 broker that delivers each session to one of several.",
     ),
 ]
-
-
-class Invitation(Struct, frozen=True, kw_only=True):
-    """A token as `--json` shows it.
-
-    `command` is to be run on the device; `expires_at` is in seconds since 1970.
-    """
-
-    name: str
-    role: str
-    token: str
-    expires_at: float
-    command: str
-
-    @classmethod
-    def of(
-        cls, name: str, role: str, new_token: NewToken, *, ca_sha256: str, server: str
-    ) -> Invitation:
-        """Return a token of the fleet whose CA certificate and service these are."""
-        token = str(EnrolmentToken(ca_sha256, new_token.id, new_token.secret))
-        return cls(
-            name=name,
-            role=role,
-            token=token,
-            expires_at=new_token.expires_at,
-            command=shlex.join(["edge-agent", "join", token, "--server", server, "--out", name]),
-        )
-
-    @property
-    def line(self) -> str:
-        until = format_time(self.expires_at)
-        return (
-            f"enrolled {self.role} {self.name}; run this there, once, before {until}:\n"
-            f"  {self.command}"
-        )
 
 
 class IssuedFolder(Struct, frozen=True):
@@ -159,24 +135,26 @@ def enroll_identities(
             "the file has role, group, tags and targets; "
             "leave --role, --group, --tag and --allow out"
         )
-    home = FleetHome.load(folder)
-    if from_file:
-        enrolments = read_enrolments(from_file)
-    else:
-        name = name or ""
-        role = role or (_role_of(home, name) if force else Role.DEVICE)
-        enrolments = [_enrolment(name, role, group, tag, allow)]
-    if shared_subscriptions:
-        for each in enrolments:
-            check_shares_subscriptions(each.name, each.role)
-    if bundle or shared_subscriptions:
-        check_has_folder(out)
-    if new_only:
-        enrolments = without_enrolled(home, enrolments)
-    issued: Sequence[Invitation | IssuedFolder]
-    if out is None:
-        issued = invite(home, enrolments, parse_ttl(ttl, MAX_TTL_S), force=force)
-    else:
+    with fleet_access(folder) as access:
+        if from_file:
+            enrolments = read_enrolments(from_file)
+        else:
+            name = name or ""
+            role = role or (_role_of(access, name) if force else Role.DEVICE)
+            enrolments = [_enrolment(name, role, group, tag, allow)]
+        if shared_subscriptions:
+            for each in enrolments:
+                check_shares_subscriptions(each.name, each.role)
+        if bundle or shared_subscriptions:
+            check_has_folder(out)
+        if new_only:
+            enrolments = without_enrolled(access, enrolments)
+        if out is None:
+            issued: Sequence[Invitation | IssuedFolder] = invite(
+                access, enrolments, parse_ttl(ttl, MAX_TTL_S), force=force
+            )
+    if out is not None:
+        home = FleetHome.load(folder)
         out = absolute_path(out)
         folders = {out / each.name if from_file else out: each for each in enrolments}
         address = home.address(
@@ -187,14 +165,26 @@ def enroll_identities(
     if as_json:
         print_json(issued if from_file else issued[0])
     else:
-        print("\n".join(each.line for each in issued) or f"every name in {from_file} is enrolled")
+        print("\n".join(map(issued_text, issued)) or f"every name in {from_file} is enrolled")
 
 
-def _role_of(home: FleetHome, name: str) -> str:
+def issued_text(issued: Invitation | IssuedFolder) -> str:
+    """Return a token or an identity folder, with the next step, as text."""
+    if isinstance(issued, IssuedFolder):
+        return issued.line
+    until = format_time(issued.expires_at)
+    return (
+        f"enrolled {issued.role} {issued.name}; run this there, once, before {until}:\n"
+        f"  {issued.command}"
+    )
+
+
+def _role_of(access: FleetAccess, name: str) -> str:
     """Return the role of an identity, which it keeps when it is replaced; "device" of a new one."""
-    with home.registry() as registry:
-        roles = {each.name: each.role for each in registry.identities.all()}
-    return roles.get(name, Role.DEVICE)
+    try:
+        return access.call(SHOW_IDENTITY, IdentityKey(name=name)).role
+    except UnknownDeviceError:
+        return Role.DEVICE
 
 
 def _enrolment(
@@ -211,10 +201,10 @@ def _enrolment(
     return enrolment
 
 
-def without_enrolled(home: FleetHome, enrolments: Sequence[Enrolment]) -> list[Enrolment]:
+def without_enrolled(access: FleetAccess, enrolments: Sequence[Enrolment]) -> list[Enrolment]:
     """Return the enrolments of names that have no certificate."""
-    with home.registry() as registry:
-        rows = registry.identities.all()
+    pages = walk_pages(access, LIST_IDENTITIES, IdentityQuery(limit=MAX_PAGE))
+    rows = [row for page in pages for row in page.identities]
     enrolled = {row.name for row in rows if row.state in LIMITED_BY_CERTIFICATE}
     return [each for each in enrolments if each.name not in enrolled]
 
@@ -239,30 +229,25 @@ def suspend_identity(
     name: NameArgument, folder: HomeOption = None, as_json: JsonOption = False
 ) -> None:
     """Withdraw an identity's rights until it is resumed."""
-    home = FleetHome.load(folder)
-    home.check_not_own(name)
-    change_state(home, name, lambda registry: registry.identities.suspend(name), as_json=as_json)
+    change_state(folder, SUSPEND, name, as_json=as_json)
 
 
 def resume_identity(
     name: NameArgument, folder: HomeOption = None, as_json: JsonOption = False
 ) -> None:
     """Restore the rights of a suspended identity."""
-    home = FleetHome.load(folder)
-    change_state(home, name, lambda registry: registry.identities.resume(name), as_json=as_json)
+    change_state(folder, RESUME, name, as_json=as_json)
 
 
 def revoke_identity(
     name: NameArgument, folder: HomeOption = None, as_json: JsonOption = False
 ) -> None:
     """Withdraw an identity's rights for good, and revoke its certificates."""
-    home = FleetHome.load(folder)
-    home.check_not_own(name)
-    change_state(home, name, lambda registry: registry.identities.revoke(name), as_json=as_json)
+    change_state(folder, REVOKE, name, as_json=as_json)
 
 
 def change_state(
-    home: FleetHome, name: str, work: Callable[[Registry], None], *, as_json: bool
+    folder: Path | None, operation: Operation[IdentityKey, IdentityRow], name: str, *, as_json: bool
 ) -> None:
     """Change the state of an identity and print the new one.
 
@@ -270,9 +255,7 @@ def change_state(
         UnknownDeviceError: `name` is not enrolled.
         StateError: the change is not legal.
     """
-    with home.registry() as registry:
-        work(registry)
-        (row,) = (row for row in registry.identities.all() if row.name == name)
+    row = call_fleet(folder, operation, IdentityKey(name=name))
     if as_json:
         print_json(row)
     else:
@@ -280,7 +263,7 @@ def change_state(
 
 
 def invite(
-    home: FleetHome, enrolments: Sequence[Enrolment], ttl_s: float, *, force: bool
+    access: FleetAccess, enrolments: Sequence[Enrolment], ttl_s: float, *, force: bool
 ) -> list[Invitation]:
     """Enrol all or none; a token for each.
 
@@ -288,22 +271,7 @@ def invite(
         ConfigError: the fleet has no service to join at.
         IdentityError: one of them cannot be enrolled.
     """
-    check_own_names(enrolments)
-    server = service_address(home)
-    with home.registry() as registry:
-        tokens = registry.identities.enroll(enrolments, ttl_s, replace=force)
-    ca_sha256 = home.ca_sha256()
-    return [
-        Invitation.of(each.name, each.role, token, ca_sha256=ca_sha256, server=server)
-        for each, token in zip(enrolments, tokens, strict=True)
-    ]
-
-
-def service_address(home: FleetHome) -> str:
-    """The URL at which identities join. Raises ConfigError when the fleet has no service."""
-    server = home.address().server
-    if server is None:
-        raise ConfigError(
-            "this fleet has no service to join at; give --out DIR, or start it with --service-port"
-        )
-    return server
+    if not enrolments:
+        return []
+    order = EnrolmentOrder(enrolments=tuple(enrolments), ttl_s=ttl_s, replace=force)
+    return access.call(ENROLL, order).invitations

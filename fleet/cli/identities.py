@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fleet.cli.access import call_fleet, fleet_access
 from fleet.cli.fitted_table import FittedTable
 from fleet.cli.options import (
     GroupOption,
@@ -17,9 +18,16 @@ from fleet.cli.options import (
     print_json,
 )
 from fleet.errors import ConfigError
-from fleet.identity.enrolment import Enrolment, format_tags, parse_role
+from fleet.identity.enrolment import format_tags, parse_role
+from fleet.operator_api.device_operations import MOVE_DEVICE, GroupChange
+from fleet.operator_api.identity_operations import (
+    DELETE_IDENTITY,
+    LIST_IDENTITIES,
+    IdentityKey,
+    IdentityQuery,
+)
+from fleet.operator_api.paging import MAX_PAGE, walk_pages
 from fleet.registry.results import IdentityRow
-from fleet.server.home import FleetHome
 from fleet.utils.console import new_console
 from fleet.utils.printable import print_line
 
@@ -51,12 +59,10 @@ def identities(
 ) -> None:
     """List the identities: role, state, group, tags, rights, end of the certificate."""
     only = parse_role(role) if role else None
-    with FleetHome.load(folder).registry() as registry:
-        rows = [
-            row
-            for row in registry.identities.all(only)
-            if group in (None, row.group) and state in (None, row.state)
-        ]
+    query = IdentityQuery(role=only, group=group, state=state, limit=MAX_PAGE)
+    with fleet_access(folder) as access:
+        pages = walk_pages(access, LIST_IDENTITIES, query)
+        rows = [row for page in pages for row in page.identities]
     if as_json:
         print_json(rows)
     elif rows:
@@ -75,10 +81,7 @@ def change_group(
     """Change the group of a device: its settings and the apps that may prompt it follow."""
     if (group is None) != none:
         raise ConfigError("expected a GROUP or --none; give one of the two")
-    Enrolment(name=device, group=group).check()
-    with FleetHome.load(folder).registry() as registry:
-        registry.identities.move(device, group)
-        row = registry.stats.device(device)
+    row = call_fleet(folder, MOVE_DEVICE, GroupChange(device=device, group=group))
     if as_json:
         print_json({"device": device, "group": row.group})
     else:
@@ -89,10 +92,9 @@ def delete_identity(
     name: IdentityArgument, folder: HomeOption = None, as_json: JsonOption = False
 ) -> None:
     """Delete an identity that is revoked or has never joined; its statistics stay."""
-    with FleetHome.load(folder).registry() as registry:
-        registry.identities.delete(name)
+    deleted = call_fleet(folder, DELETE_IDENTITY, IdentityKey(name=name))
     if as_json:
-        print_json({"name": name, "state": "deleted"})
+        print_json(deleted)
     else:
         print_line(f"{name} is deleted; its name can be enrolled again")
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from typing import Annotated, Final
+from typing import Annotated
 
 import typer
-from msgspec import Struct
 
+from fleet.cli.access import call_fleet
 from fleet.cli.allow import AppArgument
 from fleet.cli.fitted_table import FittedTable
 from fleet.cli.options import (
@@ -19,15 +18,18 @@ from fleet.cli.options import (
     parse_ttl,
     print_json,
 )
-from fleet.identity.enrolment import Enrolment
-from fleet.protocol.access import Role
-from fleet.protocol.types import DAY_S
+from fleet.operator_api.key_operations import (
+    CREATE_KEY,
+    LIST_KEYS,
+    MAX_LIFE_S,
+    REVOKE_KEY,
+    KeyName,
+    KeyOrder,
+    KeyQuery,
+)
 from fleet.registry.results import ApiKeyRow
-from fleet.server.home import FleetHome, check_own_names
 from fleet.utils.command_group import CommandGroup
 from fleet.utils.console import new_console
-
-MAX_LIFE_S: Final = 3650 * DAY_S
 
 app = typer.Typer(
     cls=CommandGroup, no_args_is_help=True, help="Create and revoke keys for the HTTP API."
@@ -47,15 +49,6 @@ OnlyAppArgument = Annotated[
 KeyIdArgument = Annotated[str, typer.Argument(metavar="ID", help="Id; see `fleet key list`.")]
 
 
-class CreatedKey(Struct, frozen=True, kw_only=True):
-    """A new key as `--json` shows it; `key` is shown once and not stored."""
-
-    id: str
-    app: str
-    key: str
-    expires_at: float | None
-
-
 @app.command("create")
 def create_key(
     name: AppArgument,
@@ -66,18 +59,14 @@ def create_key(
 ) -> None:
     """Create a key for an app, and print it once; with --allow the app may be a new name."""
     life_s = None if expires is None else parse_ttl(expires, MAX_LIFE_S, "expires")
-    expires_at = None if life_s is None else time.time() + life_s
-    targets = tuple(dict.fromkeys(allow or ()))
-    enrolment = Enrolment(name=name, role=Role.APP, targets=targets)
-    enrolment.check()
-    check_own_names([enrolment])
-    with FleetHome.load(folder).registry() as registry:
-        key = registry.api_keys.create(name, targets, expires_at)
+    order = KeyOrder(app=name, allow=tuple(allow or ()), life_s=life_s)
+    created = call_fleet(folder, CREATE_KEY, order)
     if as_json:
-        print_json(CreatedKey(id=key.id, app=name, key=str(key), expires_at=expires_at))
+        print_json(created)
     else:
+        expires_at = created.expires_at
         until = "it is revoked" if expires_at is None else format_time(expires_at)
-        print(f"{name} may use this key until {until}; it is not shown again:\n  {key}")
+        print(f"{name} may use this key until {until}; it is not shown again:\n  {created.key}")
 
 
 @app.command("list")
@@ -85,8 +74,7 @@ def list_keys(
     name: OnlyAppArgument = None, folder: HomeOption = None, as_json: JsonOption = False
 ) -> None:
     """List the keys, also those that are revoked or expired."""
-    with FleetHome.load(folder).registry() as registry:
-        rows = registry.api_keys.all(name)
+    rows = call_fleet(folder, LIST_KEYS, KeyQuery(app=name)).keys
     if as_json:
         print_json(rows)
     elif rows:
@@ -100,12 +88,11 @@ def revoke_api_key(
     key_id: KeyIdArgument, folder: HomeOption = None, as_json: JsonOption = False
 ) -> None:
     """Revoke a key for good; answers that it asked for end within seconds."""
-    with FleetHome.load(folder).registry() as registry:
-        name = registry.api_keys.revoke(key_id)
+    revoked = call_fleet(folder, REVOKE_KEY, KeyName(key_id=key_id))
     if as_json:
-        print_json({"id": key_id, "app": name, "state": "revoked"})
+        print_json(revoked)
     else:
-        print(f"key {key_id} of {name} is revoked")
+        print(f"key {key_id} of {revoked.app} is revoked")
 
 
 def keys_table(rows: Sequence[ApiKeyRow]) -> FittedTable:

@@ -7,20 +7,26 @@ from typing import Annotated
 
 import msgspec
 
+from fleet.cli.access import fleet_access
 from fleet.cli.enroll import (
-    MAX_TTL_S,
-    Invitation,
     IssuedFolder,
     NameArgument,
     SharedSubscriptionsOption,
     TtlOption,
     check_has_folder,
     check_shares_subscriptions,
-    service_address,
+    issued_text,
 )
 from fleet.cli.options import HomeOption, JsonOption, parse_ttl, print_json
-from fleet.errors import UnknownDeviceError
 from fleet.identity.identity import IDENTITY_FILE, Identity, check_identity_folder
+from fleet.operator_api.identity_operations import (
+    INVITE,
+    MAX_TTL_S,
+    SHOW_IDENTITY,
+    IdentityKey,
+    Invitation,
+    InvitationOrder,
+)
 from fleet.protocol.access import Role
 from fleet.registry.results import IdentityRow
 from fleet.server.home import FleetHome
@@ -43,33 +49,25 @@ def renew_identity(
 ) -> None:
     """Renew an identity, which keeps its group, tags and rights: print a token, or use --out."""
     home = FleetHome.load(folder)
-    row = _identity_row(home, name)
-    if shared_subscriptions:
-        check_shares_subscriptions(row.name, row.role)
-        check_has_folder(out)
-    if out is None and home.has_identity(name):
-        out = home.folder / "identities" / name
     issued: Invitation | IssuedFolder
-    if out is None:
-        issued = _invite_again(home, row, parse_ttl(ttl, MAX_TTL_S))
-    else:
+    with fleet_access(folder) as access:
+        row = access.call(SHOW_IDENTITY, IdentityKey(name=name))
+        if shared_subscriptions:
+            check_shares_subscriptions(row.name, row.role)
+            check_has_folder(out)
+        if out is None and home.has_identity(name):
+            out = home.folder / "identities" / name
+        if out is None:
+            order = InvitationOrder(name=name, ttl_s=parse_ttl(ttl, MAX_TTL_S))
+            issued = access.call(INVITE, order)
+    if out is not None:
         out = absolute_path(out)
         home.certify_again(_identity_in(home, row, out, shared_subscriptions=shared_subscriptions))
         issued = IssuedFolder(row.name, row.role, str(out))
     if as_json:
         print_json(issued)
     else:
-        print(issued.line.replace("enrolled", "renewed", 1))
-
-
-def _identity_row(home: FleetHome, name: str) -> IdentityRow:
-    with home.registry() as registry:
-        for row in registry.identities.all():
-            if row.name == name:
-                return row
-    raise UnknownDeviceError(
-        f"unknown identity {name[:80]!r}: it is not enrolled; enrol it with 'fleet enroll'"
-    )
+        print(issued_text(issued).replace("enrolled", "renewed", 1))
 
 
 def _identity_in(
@@ -89,10 +87,3 @@ def _identity_in(
         shares = role is Role.WORKER and (shared_subscriptions or home.shares_subscriptions())
     config = msgspec.structs.replace(identity.config, shared_subscriptions=shares)
     return Identity(out, config)
-
-
-def _invite_again(home: FleetHome, row: IdentityRow, ttl_s: float) -> Invitation:
-    server = service_address(home)
-    with home.registry() as registry:
-        token = registry.identities.invite(row.name, ttl_s)
-    return Invitation.of(row.name, row.role, token, ca_sha256=home.ca_sha256(), server=server)

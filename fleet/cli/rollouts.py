@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Annotated, Final
 
 import typer
 from rich.text import Text
 
+from fleet.cli.access import call_fleet
 from fleet.cli.bundles import BundleIdArgument
 from fleet.cli.options import (
     MAX_COUNT,
@@ -22,16 +22,28 @@ from fleet.cli.options import (
     print_json,
 )
 from fleet.errors import ConfigError
+from fleet.operator_api.bundle_operations import (
+    LIST_ROLLOUTS,
+    PAUSE_ROLLOUT,
+    RESUME_ROLLOUT,
+    ROLL_BACK,
+    SHOW_ROLLOUT,
+    START_ROLLOUT,
+    RolloutChoice,
+    RolloutKey,
+    RolloutQuery,
+    RolloutStart,
+    RolloutUndoing,
+)
+from fleet.operator_api.paging import MAX_PAGE
 from fleet.registry.results import RolloutRow, bundle_label
 from fleet.registry.rollouts.canary_analysis import CanaryLimits
-from fleet.registry.rollouts.plan import RolloutPlan
-from fleet.registry.rollouts.states import RolloutEvent, RolloutState
-from fleet.server.home import FleetHome
+from fleet.registry.rollouts.plan import RolloutPlan, check_plan
+from fleet.registry.rollouts.states import RolloutState
 from fleet.utils.console import new_console, outside_text
 from fleet.utils.printable import count
 
 BAR_WIDTH: Final = 24
-MAX_ROLLOUTS: Final = 10_000
 STYLES: Final = {"taken": "green", "failed": "red", "pending": "yellow", "absent": "dim"}
 PLAN: Final = RolloutPlan()
 LIMITS: Final = CanaryLimits()
@@ -59,7 +71,7 @@ AtOnceOption = Annotated[
     bool,
     typer.Option("--at-once", help="After its end: on all devices at once, without comparison."),
 ]
-LimitOption = Annotated[int, typer.Option(min=1, max=MAX_ROLLOUTS, help="Number of the latest.")]
+LimitOption = Annotated[int, typer.Option(min=1, max=MAX_PAGE, help="Number of the latest.")]
 CanaryOption = Annotated[
     int, typer.Option(min=1, max=MAX_ROWS, help="Number of devices of the first stage.")
 ]
@@ -136,9 +148,7 @@ def start_rollout(
         max_failed=max_failed,
         agreement_sample=agreement_sample,
     )
-    with FleetHome.load(folder).registry() as registry:
-        number = registry.rollouts.start(bundle, plan)
-        row = registry.rollouts.get(number)
+    row = call_fleet(folder, START_ROLLOUT, RolloutStart(bundle=bundle, plan=check_plan(plan)))
     _print_change(row, "started", as_json=as_json)
 
 
@@ -146,14 +156,16 @@ def pause_rollout(
     rollout: RolloutArgument = None, folder: HomeOption = None, as_json: JsonOption = False
 ) -> None:
     """Pause a roll-out; meanwhile it is not undone by itself."""
-    _change(rollout, RolloutEvent.PAUSE, "paused", folder, as_json=as_json)
+    row = call_fleet(folder, PAUSE_ROLLOUT, RolloutChoice(rollout=rollout))
+    _print_change(row, "paused", as_json=as_json)
 
 
 def resume_rollout(
     rollout: RolloutArgument = None, folder: HomeOption = None, as_json: JsonOption = False
 ) -> None:
     """Resume a paused roll-out."""
-    _change(rollout, RolloutEvent.RESUME, "resumed", folder, as_json=as_json)
+    row = call_fleet(folder, RESUME_ROLLOUT, RolloutChoice(rollout=rollout))
+    _print_change(row, "resumed", as_json=as_json)
 
 
 def roll_back(
@@ -163,9 +175,7 @@ def roll_back(
     as_json: JsonOption = False,
 ) -> None:
     """Undo a roll-out; after its end, bring the previous bundle back, stage by stage."""
-    with FleetHome.load(folder).registry() as registry:
-        number = registry.rollouts.roll_back(rollout, at_once=at_once)
-        row = registry.rollouts.get(number)
+    row = call_fleet(folder, ROLL_BACK, RolloutUndoing(rollout=rollout, at_once=at_once))
     is_undone = row.state == RolloutState.UNDONE
     _print_change(row, "undone" if is_undone else "started", as_json=as_json)
 
@@ -177,9 +187,10 @@ def list_rollouts(
     as_json: JsonOption = False,
 ) -> None:
     """Show the latest roll-outs: their progress, their findings, and what they wait for."""
-    with FleetHome.load(folder).registry() as registry:
-        rollouts = registry.rollouts
-        rows = rollouts.latest(limit=limit) if rollout is None else [rollouts.get(rollout)]
+    if rollout is None:
+        rows = call_fleet(folder, LIST_ROLLOUTS, RolloutQuery(limit=limit)).rollouts
+    else:
+        rows = [call_fleet(folder, SHOW_ROLLOUT, RolloutKey(rollout=rollout))]
     if as_json:
         print_json(rows)
         return
@@ -229,20 +240,6 @@ def parse_stages(text: str) -> tuple[int, ...]:
         return tuple(int(percentage) for percentage in text.split(","))
     except ValueError:
         raise ConfigError(f"stages {text!r}: expected percentages such as 10,50,100") from None
-
-
-def _change(
-    rollout: int | None,
-    event: RolloutEvent,
-    participle: str,
-    folder: Path | None,
-    *,
-    as_json: bool,
-) -> None:
-    with FleetHome.load(folder).registry() as registry:
-        number = registry.rollouts.change(rollout, event)
-        row = registry.rollouts.get(number)
-    _print_change(row, participle, as_json=as_json)
 
 
 def _print_change(row: RolloutRow, participle: str, *, as_json: bool) -> None:

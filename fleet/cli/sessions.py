@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from fleet.cli.access import fleet_access, latest_rows
 from fleet.cli.options import (
     MAX_ROWS,
     TO_THE_SECOND,
@@ -18,8 +19,9 @@ from fleet.cli.options import (
     print_json,
 )
 from fleet.cli.views import cell_of, lines_table
+from fleet.operator_api.paging import MAX_PAGE, walk_pages
+from fleet.operator_api.stats_operations import LIST_SESSIONS, SessionQuery
 from fleet.registry.results import SessionRow
-from fleet.server.home import FleetHome
 from fleet.utils.console import new_console
 from fleet.utils.printable import count
 
@@ -31,8 +33,10 @@ def sessions(
     as_json: JsonOption = False,
 ) -> None:
     """List the latest sessions between devices and workers."""
-    with FleetHome.load(folder).registry() as registry:
-        rows = registry.stats.sessions(device, limit)
+    query = SessionQuery(device=device, limit=min(limit, MAX_PAGE))
+    with fleet_access(folder) as access:
+        pages = walk_pages(access, LIST_SESSIONS, query)
+        rows = latest_rows((page.sessions for page in pages), limit)
     if as_json:
         print_json(rows)
     else:

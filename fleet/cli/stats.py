@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gc
 import time
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
 
+from fleet.cli.access import fleet_access
 from fleet.cli.options import (
     GroupOption,
     HomeOption,
@@ -20,18 +21,29 @@ from fleet.cli.options import (
 )
 from fleet.cli.stats_views import print_stats, stats_csv
 from fleet.errors import ConfigError
-from fleet.protocol.types import DAY_S
-from fleet.registry.results import HourStats
-from fleet.server.home import FleetHome
+from fleet.operator_api.operation import Operation
+from fleet.operator_api.paging import MAX_PAGE, walk_pages
+from fleet.operator_api.stats_operations import (
+    LIST_BUNDLE_STATS,
+    LIST_DEVICE_STATS,
+    LIST_GROUP_STATS,
+    LIST_HOUR_STATS,
+    StatsWindow,
+)
 from fleet.utils.console import new_console
 from fleet.utils.optional_imports import needs
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
+    from fleet.operator_api.fleet_access import FleetAccess
     from fleet.registry.results import StatsCounts
 
 Subject = Literal["device", "group", "bundle", "hour"]
+OPERATION_BY: Final[dict[Subject, Operation[StatsWindow, Any]]] = {
+    "device": LIST_DEVICE_STATS,
+    "group": LIST_GROUP_STATS,
+    "bundle": LIST_BUNDLE_STATS,
+    "hour": LIST_HOUR_STATS,
+}
 ByOption = Annotated[Subject, typer.Option("--by", help="Subject of a row.")]
 
 
@@ -53,11 +65,13 @@ def stats(
             from fleet.cli.stats_plot import plot_stats
             from fleet.utils.plots import check_plot
         check_plot(plot)
-    home = FleetHome.load(folder)
     since_at = parse_since(since)
-    rows = read_stats(home, by, device, since_at, group)
+    with fleet_access(folder) as access:
+        window = StatsWindow(device=device, since=since_at, group=group, limit=MAX_PAGE)
+        rows = read_stats(access, by, window)
+        first_at = since_at or (first_hour(access) if plot is not None else 0.0)
     if plot is not None:
-        plot_stats(rows, plot, since_at or first_hour(home), time.time())
+        plot_stats(rows, plot, first_at, time.time())
     if as_csv:
         print(stats_csv(rows), end="")
     elif as_json:
@@ -66,28 +80,14 @@ def stats(
         print_stats(new_console(), rows, f"tokens by {by}" + (f" since {since}" if since else ""))
 
 
-def read_stats(
-    home: FleetHome, by: Subject, device: str | None, since: float | None, group: str | None
-) -> Sequence[StatsCounts]:
-    """Read the rows from the registry; `since` is in seconds since 1970."""
-    now = time.time()
-    with home.registry() as registry:
-        # A garbage collection among many rows need not visit the loaded modules (60 ms).
-        gc.freeze()
-        if by == "device":
-            return registry.stats.per_device(device, since, group=group, now=now)
-        from fleet.registry.stats.queries import By
-
-        if by == "hour" and since is None:
-            since = now - DAY_S
-        return registry.stats.grouped(By(by), device, since, group=group, now=now)
+def read_stats(access: FleetAccess, by: Subject, window: StatsWindow) -> list[StatsCounts]:
+    """Read all rows of a window."""
+    # A garbage collection among many rows need not visit the loaded modules (60 ms).
+    gc.freeze()
+    return [row for page in walk_pages(access, OPERATION_BY[by], window) for row in page.rows]
 
 
-def first_hour(home: FleetHome) -> float:
+def first_hour(access: FleetAccess) -> float:
     """Return the begin of the first hour with answers, in seconds since 1970; now without any."""
-    from fleet.registry.stats.queries import By
-
-    now = time.time()
-    with home.registry() as registry:
-        hours = registry.stats.grouped(By.HOUR, None, None, group=None, now=now)
-    return min((each.hour_at for each in hours if isinstance(each, HourStats)), default=now)
+    first = access.call(LIST_HOUR_STATS, StatsWindow(since=0.0, limit=1)).rows
+    return first[0].hour_at if first else time.time()

@@ -6,18 +6,19 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from fleet.cli.access import call_fleet
 from fleet.cli.options import HomeOption, JsonOption, format_time, print_json
 from fleet.cli.views import cell_of, lines_table
+from fleet.operator_api.operation import NoFields
+from fleet.operator_api.stats_operations import LIST_WORKERS
 from fleet.registry.results import WorkerRow
-from fleet.server.home import FleetHome
 from fleet.utils.console import new_console
 from fleet.utils.printable import count
 
 
 def workers(folder: HomeOption = None, as_json: JsonOption = False) -> None:
     """List the workers: online or not, draining, bundles, number of sessions."""
-    with FleetHome.load(folder).registry() as registry:
-        rows = registry.stats.workers()
+    rows = call_fleet(folder, LIST_WORKERS, NoFields()).workers
     if as_json:
         print_json(rows)
     else:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal
+from typing import Final, Literal
 
-from msgspec import Meta, Struct
+import msgspec
+from msgspec import Struct
 
+from fleet.errors import ConfigError
 from fleet.operator_api.operation import Operation, OperatorRole
-from fleet.registry.results import DeviceRow
+from fleet.operator_api.paging import ListPage, PageQuery
+from fleet.protocol.desired_config import DesiredConfig
+from fleet.protocol.types import Timestamp
+from fleet.registry.results import DeviceRow, SessionRow, StatsRow
 
-MAX_PAGE: Final = 1000
 
-PageSize = Annotated[int, Meta(ge=1, le=MAX_PAGE)]
-
-
-class DeviceQuery(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class DeviceQuery(PageQuery, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The devices of one page.
 
-    `search` is a part of the name, `tag` has the form ``key=value``. `after` is the `next_page` of
-    the page before. A `sort` with a minus sign begins with the largest value.
+    `search` is a part of the name, `tag` has the form ``key=value``. A `sort` with a minus
+    sign begins with the largest value.
     """
 
     search: str | None = None
@@ -27,16 +28,52 @@ class DeviceQuery(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     state: str | None = None
     online: bool | None = None
     sort: Literal["name", "-last_seen", "last_seen"] = "name"
-    after: str | None = None
-    limit: PageSize = 100
 
 
-class DeviceList(Struct, frozen=True, kw_only=True):
+class DeviceList(ListPage, frozen=True, kw_only=True):
     """A page of devices; `total` counts all that match the query."""
 
     devices: list[DeviceRow]
     total: int
-    next_page: str | None
+
+
+class DeviceWindow(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A device, and the time from which on its answers count, in seconds since 1970."""
+
+    device: str
+    since: Timestamp | None = None
+
+
+class DeviceDetails(Struct, frozen=True, kw_only=True):
+    """A device, its counts, its latest sessions, and its desired configuration."""
+
+    device: DeviceRow
+    stats: StatsRow
+    sessions: list[SessionRow]
+    desired: DesiredConfig
+
+
+class GroupChange(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The group of a device from now on; None is no group."""
+
+    device: str
+    group: str | None
+
+
+class TagChange(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Tags of a device to set, and the keys of tags to remove."""
+
+    device: str
+    tags: dict[str, str] = msgspec.field(default_factory=dict)
+    remove: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Check that there is something to do, and each tag once. Raises ConfigError."""
+        if not self.tags and not self.remove:
+            raise ConfigError("nothing to do: give tags like floor=1, or --remove floor")
+        both = ", ".join(key for key in self.tags if key in self.remove)
+        if both:
+            raise ConfigError(f"{both} is to be set and to be removed; give each tag once")
 
 
 LIST_DEVICES: Final = Operation(
@@ -46,4 +83,28 @@ LIST_DEVICES: Final = Operation(
     request=DeviceQuery,
     response=DeviceList,
     summary="List the devices: online or not, bundle, last seen.",
+)
+SHOW_DEVICE: Final = Operation(
+    method="GET",
+    path="/devices/{device}",
+    role=OperatorRole.VIEWER,
+    request=DeviceWindow,
+    response=DeviceDetails,
+    summary="Show one device: its last status, counts, latest sessions, desired settings.",
+)
+MOVE_DEVICE: Final = Operation(
+    method="PUT",
+    path="/devices/{device}/group",
+    role=OperatorRole.ADMIN,
+    request=GroupChange,
+    response=DeviceRow,
+    summary="Change the group of a device: its settings and the apps that may prompt it follow.",
+)
+TAG_DEVICE: Final = Operation(
+    method="PATCH",
+    path="/devices/{device}/tags",
+    role=OperatorRole.ADMIN,
+    request=TagChange,
+    response=DeviceRow,
+    summary="Set or remove tags of a device; apps may be allowed all devices of a tag.",
 )

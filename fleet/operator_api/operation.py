@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import re
 from dataclasses import dataclass
-from typing import Final, Generic, Literal, TypeVar
+from typing import Final, Generic, Literal, NamedTuple, TypeVar
 
 from msgspec import Struct
 
@@ -28,6 +28,13 @@ class OperatorRole(enum.StrEnum):
         """Whether this role has the rights of `role`."""
         roles = list(OperatorRole)
         return roles.index(self) >= roles.index(role)
+
+
+class SignedInOperator(NamedTuple):
+    """An operator whose request was authenticated. The audit log has the name as the actor."""
+
+    name: str
+    role: OperatorRole
 
 
 class NoFields(Struct, frozen=True, forbid_unknown_fields=True):

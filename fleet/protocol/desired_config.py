@@ -109,6 +109,16 @@ def merge_scopes(*scopes: Settings) -> Settings:
     return Settings(**merged)
 
 
+def is_setting(word: str) -> bool:
+    """Whether a word is the name of a setting."""
+    return word in Settings.__struct_fields__
+
+
+def known_settings() -> str:
+    """Return the names of all settings, as a part of an error."""
+    return f"known settings are {', '.join(Settings.__struct_fields__)}"
+
+
 def parse_settings(values: dict[str, Any]) -> Settings:
     """Convert builtins to `Settings`.
 
@@ -121,7 +131,7 @@ def parse_settings(values: dict[str, Any]) -> Settings:
     except msgspec.ValidationError as error:
         reason = describe_error(error, Settings, values)
         if is_unknown_field(reason):
-            reason += f"; known settings are {', '.join(Settings.__struct_fields__)}"
+            reason += f"; {known_settings()}"
         raise ConfigError(reason) from None
     size = len(msgspec.json.encode(settings))
     if size > MAX_SETTINGS_BYTES:

@@ -44,6 +44,19 @@ class AuditLog(Repository):
 
         Only those of `subject`, at `since` or later, and of this `action`, where they are given.
         """
+        rows = self.numbered_entries(subject, since, limit, action=action).values()
+        return list(rows)
+
+    def numbered_entries(
+        self,
+        subject: str | None = None,
+        since: float | None = None,
+        limit: int = 100,
+        *,
+        action: str | None = None,
+        before: int | None = None,
+    ) -> dict[int, AuditRow]:
+        """Return changes as `entries`, by their numbers; only those `before` a number."""
         query = select(AuditRecord).order_by(AuditRecord.id.desc()).limit(limit)
         if subject is not None:
             query = query.where(AuditRecord.subject == subject)
@@ -51,8 +64,10 @@ class AuditLog(Repository):
             query = query.where(AuditRecord.at >= since)
         if action is not None:
             query = query.where(AuditRecord.action == action)
+        if before is not None:
+            query = query.where(AuditRecord.id < before)
         with self._transactions.reading() as db:
-            return [_audit_row(record) for record in db.scalars(query)]
+            return {record.id: _audit_row(record) for record in db.scalars(query)}
 
 
 def _audit_row(record: AuditRecord) -> AuditRow:

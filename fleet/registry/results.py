@@ -100,6 +100,16 @@ class NewToken:
     expires_at: float
 
 
+class TokenRow(Struct, frozen=True, kw_only=True):
+    """An enrolment token that can be used; times in seconds since 1970."""
+
+    id: str
+    name: str
+    role: str
+    created_at: float
+    expires_at: float
+
+
 class ApiKeyRow(Struct, frozen=True, kw_only=True):
     """An app's key for the HTTP API.
 

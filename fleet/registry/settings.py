@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable
-from enum import StrEnum
 from typing import Final, NamedTuple
 
 import msgspec
@@ -23,25 +22,8 @@ from fleet.registry.audit import audit
 from fleet.registry.database import CONFIG_LOCK, acquire_lock
 from fleet.registry.identities.devices import check_device, is_device
 from fleet.registry.models import ConfigChange, IdentityRecord
+from fleet.registry.targets import Scope, Target
 from fleet.registry.transactions import Repository
-
-
-class Scope(StrEnum):
-    """The scope of settings; a narrower scope overrides a wider one."""
-
-    ALL = "all"
-    GROUP = "group"
-    DEVICE = "device"
-
-
-class Target(NamedTuple):
-    """A scope and its name: a device's, a group's, or "" for all."""
-
-    scope: Scope
-    name: str = ""
-
-    def __str__(self) -> str:
-        return self.scope if self.scope is Scope.ALL else f"{self.scope}:{self.name}"
 
 
 class VersionedSettings(NamedTuple):
@@ -98,6 +80,26 @@ class DesiredStateRepository(Repository):
             return _add_change(db, self.actor, target, settings)
 
         return self._transactions.write(work)
+
+    def scopes(self, device: str) -> dict[Target, VersionedSettings]:
+        """Return the settings that apply to a device by their targets, the widest first.
+
+        Raises:
+            UnknownDeviceError: it is not enrolled.
+        """
+        with self._transactions.reading() as db:
+            check_device(db, device)
+            group = db.scalar(select(IdentityRecord.group).where(IdentityRecord.name == device))
+            targets = [Target(Scope.ALL), Target(Scope.DEVICE, device)]
+            if group:
+                targets.insert(1, Target(Scope.GROUP, group))
+            newest = _settings_by_target(db)
+            return {target: newest.get(target, NO_SETTINGS) for target in targets}
+
+    def newest(self, target: Target) -> VersionedSettings:
+        """Return the newest settings of `target` itself, and their version."""
+        with self._transactions.reading() as db:
+            return _settings_by_target(db).get(target, NO_SETTINGS)
 
     def configs(self, devices: Iterable[str] | None = None) -> dict[str, DesiredConfig]:
         """Return the desired configuration of each device, or of `devices`.

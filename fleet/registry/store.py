@@ -49,6 +49,10 @@ class Registry:
         engine = open_database(url_or_path)
         return cls(engine, actor or f"{user_name()}@{socket.gethostname()}")
 
+    def acting_as(self, actor: str) -> Registry:
+        """Return this database for the changes of another actor; only one of the two is closed."""
+        return Registry(self._engine, actor)
+
     def close(self) -> None:
         """Close all connections."""
         self._engine.dispose()

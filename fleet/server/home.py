@@ -295,8 +295,12 @@ class FleetHome:
             registry.rollouts.add_bundle(manifest.bundle_id, manifest.model.name, num_bytes)
         return manifest.bundle_id
 
-    def remove_bundle(self, bundle: str, *, force: bool = False) -> tuple[str, int]:
+    def remove_bundle(
+        self, bundle: str, *, force: bool = False, actor: str | None = None
+    ) -> tuple[str, int]:
         """Remove a bundle from those that the server offers; return its id and the freed bytes.
+
+        `actor` stands in the audit log.
 
         Raises:
             RolloutError: the bundle is unknown or in use, or, without `force`, a roll-out can go
@@ -304,7 +308,7 @@ class FleetHome:
             ConfigError: its files cannot be deleted.
         """
         own = bundle_id_of(Path(self.config.bundle))
-        with self.registry() as registry:
+        with self.registry(actor) as registry:
             bundle_id = registry.rollouts.remove_bundle(bundle, own_bundle=own, force=force)
         return bundle_id, delete_bundle(self.bundles, bundle_id)
 

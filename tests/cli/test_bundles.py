@@ -19,7 +19,7 @@ from fleet.protocol.desired_config import Settings
 from fleet.protocol.report import DeviceStatus
 from fleet.registry.results import RolloutRow
 from fleet.registry.rollouts.plan import DeviceOutcome
-from fleet.registry.settings import Scope, Target
+from fleet.registry.targets import Scope, Target
 from fleet.server.home import FleetConfig, FleetHome
 from fleet.server.worker_pool import IDLE_S, ScalingPlan, WorkerPool, plan_scaling
 from tests.fleet.conftest import add

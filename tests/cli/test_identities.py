@@ -11,7 +11,7 @@ import pytest
 
 from fleet.protocol.access import Role
 from fleet.protocol.desired_config import Settings
-from fleet.registry.settings import Scope, Target
+from fleet.registry.targets import Scope, Target
 from fleet.server.home import FleetConfig, FleetHome
 from tests.cli.test_errors import assert_one_clear_line
 from tests.command_lines import run

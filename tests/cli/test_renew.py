@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from edge_agent.provisioning.join import join_fleet
-from fleet.cli.fleet_checks import check_fleet
 from fleet.errors import ConfigError, IdentityError, StateError, UnknownDeviceError
 from fleet.identity.identity import Identity
 from fleet.protocol.access import Role
 from fleet.protocol.enrolment_api import EnrolmentToken
+from fleet.server.fleet_checks import check_fleet
 from fleet.server.home import WORKER, FleetConfig, FleetHome
 from fleet.server.supervisor import worker_folder
 from tests.brokers import fingerprint_of

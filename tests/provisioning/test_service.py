@@ -22,8 +22,8 @@ from fleet.identity.enrolment import Enrolment
 from fleet.identity.identity import CA_FILE, Identity, IdentityConfig
 from fleet.protocol.access import Role
 from fleet.protocol.enrolment_api import MAX_BODY_BYTES, JoinReply
-from fleet.registry.settings import Scope, Target
 from fleet.registry.store import Registry
+from fleet.registry.targets import Scope, Target
 from fleet.transport import http_listener
 from fleet.utils.rate_limited_log import RateLimitedLog
 from provisioning.authority import CertificateAuthority

@@ -30,7 +30,7 @@ from fleet.registry.models import WorkerRecord
 from fleet.registry.results import RolloutRow
 from fleet.registry.rollouts.canary_analysis import CanaryLimits
 from fleet.registry.rollouts.plan import RolloutPlan
-from fleet.registry.settings import Scope, Target
+from fleet.registry.targets import Scope, Target
 from fleet.server.child_process import child
 from fleet.server.home import WORKER, FleetConfig, FleetHome
 from fleet.transport.base import Will

@@ -12,7 +12,7 @@ from fleet.protocol import topics
 from fleet.protocol.access import Role
 from fleet.protocol.desired_config import Settings
 from fleet.protocol.report import WorkerStatus, decode_status
-from fleet.registry.settings import Scope, Target
+from fleet.registry.targets import Scope, Target
 from fleet.server.child_process import child
 from fleet.server.home import FleetHome
 from fleet.transport.mqtt import MqttTransport

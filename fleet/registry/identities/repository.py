@@ -50,6 +50,7 @@ from fleet.registry.identities.tokens import (
     delete_tokens,
     join,
     name_of_token,
+    open_tokens,
 )
 from fleet.registry.models import CertificateRecord, IdentityRecord
 from fleet.registry.results import (
@@ -58,6 +59,7 @@ from fleet.registry.results import (
     IssuedCertificate,
     NewToken,
     RevokedCertificate,
+    TokenRow,
 )
 from fleet.registry.transactions import Repository
 
@@ -351,9 +353,7 @@ class IdentityRepository(Repository):
         """Return an identity for a change. Raises UnknownDeviceError."""
         record = db.get(IdentityRecord, name, with_for_update=True)
         if record is None or record.state == IdentityState.DELETED:
-            raise UnknownDeviceError(
-                f"unknown identity {name[:80]!r}: it is not enrolled; see 'fleet identities'"
-            )
+            raise _unknown_identity(name)
         return record
 
     def all(self, role: Role | None = None) -> list[IdentityRow]:
@@ -372,6 +372,25 @@ class IdentityRepository(Repository):
                 _identity_row(record, targets.get(record.name, ()), tags.get(record.name, {}))
                 for record in db.scalars(query)
             ]
+
+    def get(self, name: str) -> IdentityRow:
+        """Return one identity.
+
+        Raises:
+            UnknownDeviceError: it is not enrolled.
+        """
+        with self._transactions.reading() as db:
+            record = db.get(IdentityRecord, name)
+            if record is None or record.state == IdentityState.DELETED:
+                raise _unknown_identity(name)
+            targets = targets_by_app(db)
+            tags = tags_by_device(db, name)
+            return _identity_row(record, targets.get(name, ()), tags.get(name, {}))
+
+    def open_tokens(self) -> list[TokenRow]:
+        """Return the enrolment tokens that can be used now, by their end."""
+        with self._transactions.reading() as db:
+            return open_tokens(db, time.time())
 
     def deleted(self) -> dict[str, Role]:
         """Return the names that are deleted and not enrolled again, each with its last role."""
@@ -465,6 +484,13 @@ class IdentityRepository(Repository):
         )
         with self._transactions.reading() as db:
             return list(db.scalars(query))
+
+
+def _unknown_identity(name: str) -> UnknownDeviceError:
+    return UnknownDeviceError(
+        f"unknown identity {name[:80]!r}: it is not enrolled; see 'fleet identities', or "
+        "enrol it with 'fleet enroll'"
+    )
 
 
 def _identity_row(

@@ -21,7 +21,7 @@ from fleet.registry.identities.certificates import (
 )
 from fleet.registry.identities.lifecycle import IdentityChange
 from fleet.registry.models import IdentityRecord, TokenRecord
-from fleet.registry.results import Certified, NewToken
+from fleet.registry.results import Certified, NewToken, TokenRow
 
 ID_BYTES: Final = 8
 SECRET_BYTES: Final = 32
@@ -69,6 +69,26 @@ def add_token(db: Session, name: str, ttl_s: float, now: float) -> NewToken:
         )
     )
     return token
+
+
+def open_tokens(db: Session, now: float) -> list[TokenRow]:
+    """Return the tokens that can be used now, by their end."""
+    query = (
+        select(TokenRecord, IdentityRecord.role)
+        .join(IdentityRecord, IdentityRecord.name == TokenRecord.name)
+        .where(TokenRecord.used_at.is_(None), TokenRecord.expires_at > now)
+        .order_by(TokenRecord.expires_at, TokenRecord.id)
+    )
+    return [
+        TokenRow(
+            id=token.id,
+            name=token.name,
+            role=role,
+            created_at=token.created_at,
+            expires_at=token.expires_at,
+        )
+        for token, role in db.execute(query)
+    ]
 
 
 def delete_tokens(db: Session, name: str) -> None:

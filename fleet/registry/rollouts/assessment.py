@@ -173,9 +173,13 @@ def pending_steps(db: Session, now: float, receiving_since: float) -> list[Pendi
     return steps
 
 
-def rollout_rows(db: Session, now: float, limit: int) -> list[RolloutRow]:
+def rollout_rows(
+    db: Session, now: float, limit: int, *, before: int | None = None
+) -> list[RolloutRow]:
     """Return the latest roll-outs, newest first; of the open ones also their assessments."""
     query = select(RolloutRecord).order_by(RolloutRecord.id.desc()).limit(limit)
+    if before is not None:
+        query = query.where(RolloutRecord.id < before)
     return [rollout_row(db, record, now) for record in db.scalars(query)]
 
 

@@ -14,7 +14,8 @@ from fleet.registry.results import bundle_label
 from fleet.registry.rollouts.records import candidates, open_rollouts, progress_of
 from fleet.registry.rollouts.states import RolloutState
 from fleet.registry.rollouts.way_back import bundles_before, previous_bundle
-from fleet.registry.settings import Scope, Target, desired_configs, newest_settings
+from fleet.registry.settings import desired_configs, newest_settings
+from fleet.registry.targets import Scope, Target
 from fleet.utils.printable import count
 
 MAX_NAMES: Final = 3

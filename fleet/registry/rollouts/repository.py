@@ -211,10 +211,15 @@ class RolloutRepository(Repository):
         for step in steps:
             self._transactions.write(lambda db, step=step: apply_step(db, step, now))  # type: ignore[misc]
 
-    def latest(self, now: float | None = None, limit: int = 20) -> list[RolloutRow]:
-        """Return the latest roll-outs, newest first, with the progress of the open ones."""
+    def latest(
+        self, now: float | None = None, limit: int = 20, *, before: int | None = None
+    ) -> list[RolloutRow]:
+        """Return the latest roll-outs, newest first, with the progress of the open ones.
+
+        Only those whose ids are below `before`, where it is given.
+        """
         with self._transactions.reading() as db:
-            return rollout_rows(db, now or time.time(), limit)
+            return rollout_rows(db, now or time.time(), limit, before=before)
 
     def get(self, rollout: int, now: float | None = None) -> RolloutRow:
         """Return one roll-out. Raises RolloutError if no roll-out has this id."""

@@ -33,7 +33,8 @@ from fleet.registry.rollouts.records import (
     watch,
 )
 from fleet.registry.rollouts.states import RolloutEvent
-from fleet.registry.settings import Scope, change_scope, wider_settings
+from fleet.registry.settings import change_scope, wider_settings
+from fleet.registry.targets import Scope
 
 replace = msgspec.structs.replace
 

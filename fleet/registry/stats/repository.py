@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from msgspec.structs import replace
-from sqlalchemy import SQLColumnExpression, delete, exists, func, select, update
+from sqlalchemy import SQLColumnExpression, delete, exists, func, select, tuple_, update
 from sqlalchemy.orm import Session
 
 from fleet.errors import RegistryError
@@ -188,6 +188,22 @@ class StatsRepository(Repository):
         Raises:
             UnknownDeviceError: `device` is not enrolled.
         """
+        return list(self.numbered_sessions(device, limit).values())
+
+    def numbered_sessions(
+        self,
+        device: str | None = None,
+        limit: int = 50,
+        *,
+        before: tuple[float, int] | None = None,
+    ) -> dict[int, SessionRow]:
+        """Return sessions as `sessions`, by their numbers.
+
+        Only those that are older than a session, which `before` gives by its time and its number.
+
+        Raises:
+            UnknownDeviceError: `device` is not enrolled.
+        """
         row = GenerationRecord
         columns = (row.answers, row.tokens, row.bytes_up, row.bytes_down)
         query = (
@@ -197,11 +213,13 @@ class StatsRepository(Repository):
             .order_by(SessionRecord.opened_at.desc(), SessionRecord.id.desc())
             .limit(limit)
         )
+        if before is not None:
+            query = query.where(tuple_(SessionRecord.opened_at, SessionRecord.id) < before)
         with self._transactions.reading() as db:
             if device is not None:
                 check_device(db, device)
                 query = query.where(SessionRecord.device == device)
-            return [_session_row(record, *sums) for record, *sums in db.execute(query)]
+            return {record.id: _session_row(record, *sums) for record, *sums in db.execute(query)}
 
 
 def _delete(db: Session, generations: Sequence[int]) -> int:

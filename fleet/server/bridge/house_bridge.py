@@ -17,8 +17,8 @@ from fleet.protocol.prompt import MAX_PROMPT_BYTES, Reply, parse_prompt
 from fleet.protocol.report import DeviceStatus, decode_status
 from fleet.protocol.triggers import MAX_EVENT_BYTES
 from fleet.registry.results import StatsRow
-from fleet.registry.settings import Scope, Target
 from fleet.registry.store import Registry
+from fleet.registry.targets import Scope, Target
 from fleet.server.bridge import house_topics
 from fleet.server.bridge.bridge_options import BridgeOptions
 from fleet.server.bridge.discovery import OFFLINE, ONLINE, discovery_message

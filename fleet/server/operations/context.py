@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
+from fleet.operator_api.operation import Operation
 from fleet.registry.store import Registry
 from fleet.server.home import FleetHome
 
@@ -14,3 +17,11 @@ class OperationContext:
 
     registry: Registry
     home: FleetHome
+
+    def acting_as(self, actor: str) -> OperationContext:
+        """Return the same fleet for the changes of another operator."""
+        return replace(self, registry=self.registry.acting_as(actor))
+
+
+Handlers: TypeAlias = dict[Operation[Any, Any], Callable[[OperationContext, Any], Any]]
+"""The functions that run operations."""

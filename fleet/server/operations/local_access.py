@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
-from fleet.operator_api.device_operations import LIST_DEVICES
 from fleet.operator_api.fleet_access import FleetAccess
 from fleet.operator_api.operation import Operation, Request, Response
-from fleet.server.operations.context import OperationContext
-from fleet.server.operations.device_handlers import list_devices
+from fleet.server.operations.audit_handlers import AUDIT_HANDLERS
+from fleet.server.operations.bundle_handlers import BUNDLE_HANDLERS
+from fleet.server.operations.context import Handlers, OperationContext
+from fleet.server.operations.device_handlers import DEVICE_HANDLERS
+from fleet.server.operations.identity_handlers import IDENTITY_HANDLERS
+from fleet.server.operations.settings_handlers import SETTINGS_HANDLERS
+from fleet.server.operations.software_handlers import SOFTWARE_HANDLERS
+from fleet.server.operations.stats_handlers import STATS_HANDLERS
 
-HANDLERS: Final[dict[Operation[Any, Any], Callable[[OperationContext, Any], Any]]] = {
-    LIST_DEVICES: list_devices,
+HANDLERS: Final[Handlers] = {
+    **DEVICE_HANDLERS,
+    **STATS_HANDLERS,
+    **BUNDLE_HANDLERS,
+    **SETTINGS_HANDLERS,
+    **SOFTWARE_HANDLERS,
+    **IDENTITY_HANDLERS,
+    **AUDIT_HANDLERS,
 }
 
 

@@ -15,8 +15,8 @@ from fleet.errors import ConfigError, LinkError, UnknownDeviceError
 from fleet.protocol import topics
 from fleet.protocol.desired_config import DesiredConfig, Settings, decode_desired
 from fleet.protocol.modes import Mode
-from fleet.registry.settings import Scope, Target
 from fleet.registry.store import Registry
+from fleet.registry.targets import Scope, Target
 from fleet.server.change_watcher import ChangeWatcher
 from fleet.server.config_publisher import ConfigPublisher
 from fleet.transport.in_memory import InMemoryBroker

@@ -22,8 +22,8 @@ from fleet.registry.models import WorkerRecord
 from fleet.registry.results import RolloutRow
 from fleet.registry.rollouts.plan import RolloutPlan
 from fleet.registry.rollouts.states import RolloutEvent
-from fleet.registry.settings import Scope, Target
 from fleet.registry.store import Registry
+from fleet.registry.targets import Scope, Target
 from fleet.server.rollout_engine import RolloutEngine
 from tests.fleet.conftest import add, report
 from tests.postgresql import READY, Databases

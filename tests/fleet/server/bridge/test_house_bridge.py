@@ -18,7 +18,7 @@ from fleet.protocol.access import Role
 from fleet.protocol.modes import Mode
 from fleet.protocol.prompt import PromptRequest, Reply, parse_prompt
 from fleet.protocol.report import DeviceStatus, encode_status
-from fleet.registry.settings import Scope, Target
+from fleet.registry.targets import Scope, Target
 from fleet.server.bridge.bridge_options import HouseAddress
 from fleet.server.bridge.house_link import HouseLink
 from fleet.server.bridge.prompt_relay import MAX_OPEN

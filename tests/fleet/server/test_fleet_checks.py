@@ -16,20 +16,20 @@ from typer.testing import CliRunner
 
 from fleet.bundles.manifest import Bundle
 from fleet.cli import app
-from fleet.cli.fleet_checks import check_fleet
-from fleet.cli.host_checks import (
+from fleet.errors import ConfigError
+from fleet.protocol.access import Role
+from fleet.protocol.desired_config import Settings
+from fleet.protocol.report import DeviceStatus, WorkerStatus
+from fleet.registry.targets import Scope, Target
+from fleet.server.child_process import child
+from fleet.server.fleet_checks import check_fleet
+from fleet.server.home import FleetConfig, FleetHome
+from fleet.server.host_checks import (
     MAX_EMBEDDED_DEVICES,
     check_broker_limits,
     check_descriptors,
     check_units,
 )
-from fleet.errors import ConfigError
-from fleet.protocol.access import Role
-from fleet.protocol.desired_config import Settings
-from fleet.protocol.report import DeviceStatus, WorkerStatus
-from fleet.registry.settings import Scope, Target
-from fleet.server.child_process import child
-from fleet.server.home import FleetConfig, FleetHome
 from fleet.server.mosquitto import write_mosquitto
 from tests.brokers import free_port
 from tests.fleet.conftest import add

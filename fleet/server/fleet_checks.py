@@ -8,18 +8,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from msgspec import Struct
-
 from fleet.bundles.manifest import Bundle
-from fleet.cli.host_checks import (
+from fleet.errors import FleetError
+from fleet.operator_api.audit_operations import Check
+from fleet.protocol.types import DAY_S
+from fleet.server.home import FleetHome
+from fleet.server.host_checks import (
     check_broker_limits,
     check_descriptors,
     check_units,
     is_renewed,
 )
-from fleet.errors import FleetError
-from fleet.protocol.types import DAY_S
-from fleet.server.home import FleetHome
 from fleet.server.shared_identities import SHARED_IDENTITY, WINDOW_S
 from fleet.transport.mqtt import MqttTransport
 from fleet.utils.host_address import host_port
@@ -35,24 +34,17 @@ MAX_NAMES: Final = 5
 CONNECT_S: Final = 5.0
 
 
-class Check(Struct, frozen=True):
-    """A check and its finding; `problem` has the fault and its remedy, "" without one."""
-
-    name: str
-    found: str
-    problem: str = ""
-
-
 CheckResult = tuple[str, str]
 """The finding, and the problem or ""."""
 
 
 def check_fleet(folder: Path) -> tuple[Check, ...]:
     """Run all checks on the fleet in `folder`; a check that fails is a problem of its own."""
-    return tuple(_run_checks(FleetHome.load(folder)))
+    return tuple(run_checks(FleetHome.load(folder)))
 
 
-def _run_checks(home: FleetHome) -> Iterator[Check]:
+def run_checks(home: FleetHome) -> Iterator[Check]:
+    """Run all checks on a fleet, one after the other."""
     checks: dict[str, Callable[[FleetHome], CheckResult]] = {
         "registry": _check_registry,
         "authority": _check_authority,
