@@ -1,4 +1,4 @@
-"""Write docs/openapi.json (HTTP) and docs/asyncapi.json (MQTT), made from the types of the code.
+"""Write docs/openapi.json, operator-api.json (HTTP) and asyncapi.json (MQTT) from the code's types.
 
 Run it in .venv after a change of a request, a response, a message or a right.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -22,6 +23,8 @@ from fleet.http_api import model_lists
 from fleet.http_api.answer_writer import EVENT_STREAM, JSON_LINES
 from fleet.http_api.conversation import ApiMessage
 from fleet.http_api.problems import OllamaErrorBody, OpenAiErrorBody
+from fleet.operator_api.catalogue import OPERATIONS
+from fleet.operator_api.operation import PREFIX, Operation
 from fleet.protocol import messages, topics
 from fleet.protocol.access import OWN_NAME, RULES, TARGET, Action, Role
 from fleet.protocol.desired_config import DesiredConfig
@@ -34,6 +37,7 @@ from fleet.protocol.report import (
     WorkerStatus,
 )
 from fleet.protocol.types import Id
+from fleet.server.console.api_errors import STATUS, ApiProblemBody
 from fleet.version import __version__
 
 DOCS: Final = Path(__file__).resolve().parent.parent / "docs"
@@ -46,14 +50,18 @@ Schema = dict[str, Any]
 
 
 def main() -> None:
-    """Write both files."""
+    """Write the files."""
     for name, document in documents().items():
         (DOCS / name).write_text(as_text(document), encoding="utf-8")
 
 
 def documents() -> dict[str, dict[str, Any]]:
-    """Return both documents by the names of their files."""
-    return {"openapi.json": openapi_document(), "asyncapi.json": asyncapi_document()}
+    """Return the documents by the names of their files."""
+    return {
+        "openapi.json": openapi_document(),
+        "operator-api.json": operator_api_document(),
+        "asyncapi.json": asyncapi_document(),
+    }
 
 
 def as_text(document: dict[str, Any]) -> str:
@@ -301,6 +309,91 @@ def root_operation() -> dict[str, Any]:
     content = {TEXT: {"schema": {"type": "string"}}}
     result = {"description": "One line of text", "content": content}
     return operation("/", "get", "Look whether the server is there", result)
+
+
+# The API of operators
+
+
+DOCUMENT_OF_OPERATORS: Final = info(
+    "CE-CoLLM Fleet: API of operators",
+    "What an operator can read and change, as `fleet --server URL` and the console do. Each "
+    "operation needs a role, and an admin has the rights of an operator, an operator those of a "
+    "viewer. Lists have pages: `next_page` is the `after` of the next request. Made by "
+    "scripts/write_api_documents.py.",
+)
+
+
+def operator_api_document() -> dict[str, Any]:
+    """Return the description of the API of operators in the form of OpenAPI 3.1."""
+    kinds = {each.request for each in OPERATIONS} | {each.response for each in OPERATIONS}
+    schemas = component_schemas(sorted(kinds | {ApiProblemBody}, key=lambda kind: kind.__name__))
+    paths: dict[str, dict[str, Any]] = {}
+    for each in OPERATIONS:
+        item = paths.setdefault(PREFIX + each.path, {})
+        item[each.method.lower()] = operator_operation(each, schemas[each.request.__name__])
+    requests = {each.request.__name__ for each in OPERATIONS}
+    return {
+        "openapi": "3.1.0",
+        "info": DOCUMENT_OF_OPERATORS,
+        "servers": [{"url": "https://127.0.0.1:8444", "description": "As `--console` sets it."}],
+        "security": [{"key": []}],
+        "paths": paths,
+        "components": {
+            "schemas": {name: each for name, each in schemas.items() if name not in requests},
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+
+
+def operator_operation(described: Operation[Any, Any], request: Schema) -> dict[str, Any]:
+    """Return an operation; `request` is the schema of all its fields."""
+    statuses = sorted({status for status in STATUS.values() if status >= 400})
+    listed = ", ".join(map(str, statuses))
+    failure = {
+        "description": f"An error: {listed}, or 500.",
+        "content": {JSON: {"schema": schema_of(ApiProblemBody)}},
+    }
+    content = {JSON: {"schema": schema_of(described.response)}}
+    words = re.findall(r"\w+", described.path.replace("-", "_"))
+    result: dict[str, Any] = {
+        "operationId": "_".join([described.method.lower(), *words]),
+        "summary": described.summary,
+        "description": f"Needs the role {described.role}.",
+        "tags": [words[0]],
+        "parameters": [*operator_parameters(described, request)],
+        "responses": {
+            "200": {"description": "The response.", "content": content},
+            "default": failure,
+        },
+    }
+    if described.has_body:
+        body = operator_body(described, request)
+        result["requestBody"] = {"required": True, "content": {JSON: {"schema": body}}}
+    return result
+
+
+def operator_parameters(
+    described: Operation[Any, Any], request: Schema
+) -> Iterator[dict[str, Any]]:
+    """Yield the fields of the path and of the query."""
+    required = request.get("required", [])
+    for name, schema in request["properties"].items():
+        is_path = name in described.path_fields
+        if is_path or not described.has_body:
+            yield {
+                "name": name,
+                "in": "path" if is_path else "query",
+                "required": is_path or name in required,
+                "schema": schema,
+            }
+
+
+def operator_body(described: Operation[Any, Any], request: Schema) -> Schema:
+    """Return the schema of a request without the fields of its path."""
+    path = described.path_fields
+    fields = {name: each for name, each in request["properties"].items() if name not in path}
+    required = [name for name in request.get("required", []) if name not in path]
+    return request | {"properties": fields, "required": required}
 
 
 # MQTT

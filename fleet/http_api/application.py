@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
 import time
@@ -17,7 +16,6 @@ from msgspec import Struct
 
 from fleet.errors import (
     DecodeError,
-    OversizedError,
     RefusedPromptError,
     RequestFieldError,
 )
@@ -36,6 +34,7 @@ from fleet.http_api.model_lists import (
 )
 from fleet.http_api.ollama_answers import parse_ollama_chat, parse_ollama_generate
 from fleet.http_api.problems import Problem, checked_reply, ollama_error, openai_error
+from fleet.http_api.request_body import read_whole_body
 from fleet.http_api.request_fields import convert_fields, decode_object
 from fleet.http_api.responses import parse_response
 from fleet.http_api.text_completions import parse_text_completion
@@ -45,7 +44,6 @@ from fleet.version import __version__
 Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
 ErrorShape: TypeAlias = Callable[[Problem], Struct]
 
-BODY_S: Final = 30.0
 LOADED_S: Final = 365 * 86_400.0
 BEARER: Final = re.compile(r"bearer[ \t]+(.*?)[ \t]*", re.IGNORECASE)  # RFC 9110, 11.1
 NO_REQUEST: Final = (
@@ -199,32 +197,7 @@ async def _stream(
 
 
 async def _read(request: web.Request) -> bytes:
-    """Read a body.
-
-    Raises:
-        OversizedError, DecodeError: the body is too large, malformed, or does not arrive in time.
-    """
-    too_large = OversizedError(
-        f"expected a body of at most {MAX_PROMPT_BYTES} bytes; send a shorter prompt"
-    )
-    if (request.content_length or 0) > MAX_PROMPT_BYTES:
-        raise too_large
-    try:
-        async with asyncio.timeout(BODY_S):
-            return await _read_up_to(request, MAX_PROMPT_BYTES, too_large)
-    except TimeoutError:
-        raise DecodeError(f"expected a whole body within {BODY_S:g} s; send it again") from None
-    except web.RequestPayloadError:
-        raise DecodeError("expected a whole body, got chunks that are malformed") from None
-
-
-async def _read_up_to(request: web.Request, max_bytes: int, error: OversizedError) -> bytes:
-    body = bytearray()
-    async for chunk in request.content.iter_any():
-        body += chunk
-        if len(body) > max_bytes:
-            raise error
-    return bytes(body)
+    return await read_whole_body(request, MAX_PROMPT_BYTES, "send a shorter prompt")
 
 
 def _guarded(handler: Handler, shape: ErrorShape) -> Handler:

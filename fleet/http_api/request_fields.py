@@ -37,14 +37,18 @@ def decode_object(data: bytes) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def convert_fields(fields: Mapping[str, Any], type_: type[B], path: str = "") -> B:
+def convert_fields(
+    fields: Mapping[str, Any], type_: type[B], path: str = "", *, strict: bool = True
+) -> B:
     """Convert decoded fields to the struct of a body; `path` leads to the fields.
+
+    Without `strict` a text may stand for a number or a truth value.
 
     Raises:
         RequestFieldError: a field is missing, unknown or out of range.
     """
     try:
-        return msgspec.convert(fields, type_)
+        return msgspec.convert(fields, type_, strict=strict)
     except msgspec.ValidationError as error:
         raise _field_error(error, type_, fields, path) from None
 

@@ -21,7 +21,7 @@ SAVE_AS: Final = "save it as CSV with commas between the columns, in UTF-8"
 MAX_TAGS: Final = 32
 
 
-class Enrolment(Struct, frozen=True, kw_only=True):
+class Enrolment(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A name and its role.
 
     A device may have a group and tags. `targets` are the devices, groups and tags that an app may

@@ -288,5 +288,7 @@ def _subclasses(error: type[FleetError]) -> Iterator[type[FleetError]]:
         yield from _subclasses(subclass)
 
 
-ERRORS: Final = {error.code: error for error in _subclasses(FleetError)}
+ERRORS: Final[dict[str, type[FleetError]]] = {
+    error.code: error for error in _subclasses(FleetError) if "code" in vars(error)
+}
 """The error classes by their code on the wire."""

@@ -83,9 +83,10 @@ def test_the_example_of_langchain_prints_an_answer_to_each_line(
     assert printed == "".join(f"{answer}\n" for answer in answers)
 
 
-def test_the_description_of_the_api_is_valid(client_python: Path) -> None:
+@pytest.mark.parametrize("name", ["openapi.json", "operator-api.json"])
+def test_the_description_of_an_api_is_valid(client_python: Path, name: str) -> None:
     """As openapi-spec-validator checks it: the form of OpenAPI 3.1, references and defaults."""
-    document = ROOT / "docs/openapi.json"
+    document = ROOT / "docs" / name
     printed = run(client_python, "-m", "openapi_spec_validator", document, folder=ROOT)
     assert printed.strip().endswith("OK")
 

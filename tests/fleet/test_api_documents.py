@@ -1,4 +1,4 @@
-"""docs/openapi.json and docs/asyncapi.json: made from the types, and complete.
+"""docs/openapi.json, operator-api.json and asyncapi.json: made from the types, and complete.
 
 tests/api/test_clients.py holds the first one against the specification of OpenAPI. There is no
 package of Python with the schema of AsyncAPI, so a test here holds the form of the second one.
@@ -17,6 +17,8 @@ import msgspec
 import pytest
 
 from fleet.http_api.application import http_application
+from fleet.operator_api.catalogue import OPERATIONS
+from fleet.operator_api.operation import PREFIX as PREFIX_OF_OPERATORS
 from fleet.protocol.access import RULES
 from fleet.protocol.prompt import PromptRequest, Reply, TokenLogprob, TopLogprob
 from fleet.protocol.topics import PREFIX
@@ -28,6 +30,7 @@ ROOT: Final = Path(__file__).parents[2]
 SCRIPT: Final = runpy.run_path(str(ROOT / "scripts/write_api_documents.py"), run_name="script")
 MADE: Final[dict[str, dict[str, Any]]] = SCRIPT["documents"]()
 OPENAPI: Final = MADE["openapi.json"]
+OPERATOR_API: Final = MADE["operator-api.json"]
 ASYNCAPI: Final = MADE["asyncapi.json"]
 PROTOCOL: Final = (ROOT / "docs/protocol.md").read_text(encoding="utf-8")
 
@@ -46,6 +49,13 @@ def test_every_route_of_the_http_api_is_described() -> None:
         (method.upper(), path) for path, item in OPENAPI["paths"].items() for method in item
     }
     assert {each for each in served if each[0] != "HEAD"} == described
+
+
+def test_every_operation_of_operators_is_described() -> None:
+    described = {
+        (method.upper(), path) for path, item in OPERATOR_API["paths"].items() for method in item
+    }
+    assert {(each.method, PREFIX_OF_OPERATORS + each.path) for each in OPERATIONS} == described
 
 
 def test_every_topic_of_the_protocol_is_described() -> None:
@@ -118,8 +128,12 @@ def test_the_document_of_mqtt_has_the_form_of_asyncapi() -> None:
 
 @pytest.mark.parametrize(
     ("document", "validator"),
-    [(OPENAPI, jsonschema.Draft202012Validator), (ASYNCAPI, jsonschema.Draft7Validator)],
-    ids=["OpenAPI", "AsyncAPI"],
+    [
+        (OPENAPI, jsonschema.Draft202012Validator),
+        (OPERATOR_API, jsonschema.Draft202012Validator),
+        (ASYNCAPI, jsonschema.Draft7Validator),
+    ],
+    ids=["OpenAPI", "operators", "AsyncAPI"],
 )
 def test_every_schema_is_one(document: dict[str, Any], validator: Any) -> None:
     schemas = document["components"]["schemas"]

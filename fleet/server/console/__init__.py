@@ -1,0 +1,1 @@
+"""The console: the API of operators and its pages, over HTTP."""
