@@ -6,6 +6,7 @@ from typing import Final
 
 import typer
 
+from fleet.cli.access import CaFileOption, KeyFileOption, ServerOption, choose_server
 from fleet.cli.allow import allow_app, disallow_app, tag_device
 from fleet.cli.audit import list_changes
 from fleet.cli.authority import app as authority_app
@@ -35,7 +36,7 @@ from fleet.cli.plan import plan
 from fleet.cli.prompt import prompt
 from fleet.cli.renew import renew_identity
 from fleet.cli.rollouts import add_rollout_commands
-from fleet.cli.server import server
+from fleet.cli.server import server as server_command
 from fleet.cli.sessions import sessions
 from fleet.cli.stats import stats
 from fleet.cli.systemd import systemd
@@ -63,7 +64,7 @@ app = typer.Typer(
 app.command("demo", rich_help_panel=START)(demo)
 app.command("init", rich_help_panel=START)(init)
 app.command("up", rich_help_panel=START)(up)
-app.command("server", rich_help_panel=START)(server)
+app.command("server", rich_help_panel=START)(server_command)
 app.command("systemd", rich_help_panel=START)(systemd)
 app.command("bridge", rich_help_panel=START)(bridge)
 app.command("backup", rich_help_panel=START)(backup)
@@ -102,8 +103,16 @@ app.add_typer(authority_app, name="authority", rich_help_panel=START)
 
 
 @app.callback()
-def fleet(version: VersionOption = False) -> None:
+def fleet(
+    context: typer.Context,
+    server: ServerOption = None,
+    key_file: KeyFileOption = None,
+    ca_file: CaFileOption = None,
+    version: VersionOption = False,
+) -> None:
     """Run one language model on many small devices and a few cloud workers."""
+    del version  # its callback has printed it
+    choose_server(context, server, key_file, ca_file)
 
 
 def main() -> None:

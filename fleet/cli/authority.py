@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fleet.cli.access import own_home
 from fleet.cli.options import HomeOption
 from fleet.server.home import FleetHome, ca_passphrase
 from fleet.utils.command_group import CommandGroup
@@ -32,7 +33,7 @@ ForceOption = Annotated[
 @app.command("rotate")
 def rotate(folder: HomeOption = None) -> None:
     """Make a second authority; the fleet trusts both until the old one is retired."""
-    home = FleetHome.load(folder)
+    home = own_home(folder)
     authority = rotate_authority(home.ca_folder, ca_passphrase())
     _record(home, "rotate_authority", authority)
     print(
@@ -46,7 +47,7 @@ def rotate(folder: HomeOption = None) -> None:
 @app.command("retire")
 def retire(force: ForceOption = False, folder: HomeOption = None) -> None:
     """Remove the old authority; its certificates become invalid."""
-    home = FleetHome.load(folder)
+    home = own_home(folder)
     home.renew_own()
     authority = home.authority()
     with home.registry() as registry:

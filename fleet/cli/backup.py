@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fleet.cli.access import own_folder, own_home
 from fleet.cli.options import MAX_ROWS, HomeOption
 from fleet.errors import ConfigError
 from fleet.registry.results import bundle_label
@@ -43,7 +44,7 @@ def backup(
     place = _place_of(file)
     if keep and not place.is_dir():
         raise ConfigError(f"{file} is not a folder; leave out --keep, or name a folder of backups")
-    home = FleetHome.load(folder)
+    home = own_home(folder)
     path = back_up(home, place, bundles=bundles)
     print_line(f"wrote {path} with the authority's key; protect it like the fleet's folder")
     if keep:
@@ -67,7 +68,7 @@ def restore_fleet(
     file: BackupArgument, registry: NewRegistryOption = None, folder: HomeOption = None
 ) -> None:
     """Restore a backup into a new folder."""
-    home = restore_backup(file, FleetHome.find(folder), registry)
+    home = restore_backup(file, own_folder(folder), registry)
     with home.registry() as opened:
         num_identities = len(opened.identities.all())
         bundles = opened.rollouts.bundles()

@@ -7,8 +7,8 @@ from typing import Annotated, Final
 
 import typer
 
+from fleet.cli.access import own_home
 from fleet.cli.options import HomeOption, checked_name
-from fleet.server.home import FleetHome
 from fleet.utils.optional_imports import needs
 from fleet.utils.path_options import path_option
 from fleet.utils.paths import absolute_path
@@ -91,7 +91,7 @@ def bridge(
         key_file=cert_key and absolute_path(cert_key),
     )
     options = BridgeOptions(app=app, house=house, topic_map=TopicMap.parse(maps or ()))
-    home = FleetHome.load(folder)
+    home = own_home(folder)
     if systemd is None:
         run_bridge(home, options)
         return

@@ -12,10 +12,10 @@ from typing import Annotated, Final
 import typer
 
 from cloud_broker_worker.broker.mosquitto import acl_text
+from fleet.cli.access import own_home
 from fleet.cli.options import HomeOption
 from fleet.errors import ConfigError
 from fleet.protocol.access import Action, Grants
-from fleet.server.home import FleetHome
 from fleet.server.mosquitto import write_mosquitto
 from fleet.utils.command_group import CommandGroup
 from fleet.utils.path_options import path_option
@@ -53,7 +53,7 @@ def config(
             "fleet: this mosquitto would run as root; run the command as its own user",
             file=sys.stderr,
         )
-    home = FleetHome.load(folder)
+    home = own_home(folder)
     with home.registry() as registry:
         path = write_mosquitto(home, registry, absolute_path(out), host, port)
     print_line(
@@ -67,7 +67,7 @@ def rules(form: FormatOption = FORMATS[0], folder: HomeOption = None) -> None:
     """Print the topics that each active identity may publish and subscribe, for a broker's ACL."""
     if form not in FORMATS:
         raise ConfigError(f"--format {form}: expected one of {', '.join(FORMATS)}")
-    with FleetHome.load(folder).registry() as registry:
+    with own_home(folder).registry() as registry:
         print(format_rules(registry.identities.all_grants(), form), end="")
 
 

@@ -11,7 +11,7 @@ import typer
 from fleet.bundles.manifest import Bundle
 from fleet.bundles.signature import SIGNATURE_FILE, sign_bundle
 from fleet.bundles.verify import Verdict, verify_bundle
-from fleet.cli.access import call_fleet
+from fleet.cli.access import call_fleet, own_home
 from fleet.cli.fitted_table import FittedTable
 from fleet.cli.options import HomeOption, JsonOption, format_time, print_json
 from fleet.errors import BundleError, ConfigError
@@ -102,7 +102,7 @@ def add(
     as_json: JsonOption = False,
 ) -> None:
     """Check a bundle, sign it with the fleet's key and offer it to devices."""
-    home = FleetHome.load(folder)
+    home = own_home(folder)
     verdict = verify_bundle(source)
     if not verdict.ok:
         num_others = len(verdict.findings) - 1

@@ -11,6 +11,7 @@ from typing import Final
 import msgspec
 from rich.console import Console
 
+from fleet.cli.access import own_home
 from fleet.cli.device_status import await_online
 from fleet.cli.options import (
     DeviceArgument,
@@ -83,7 +84,7 @@ def chat(
         frequency_penalty=frequency_penalty,
         stop=stop,
     )
-    converse(FleetHome.load(folder), device, base, is_smooth=smooth_stream)
+    converse(own_home(folder), device, base, is_smooth=smooth_stream)
 
 
 def converse(home: FleetHome, device: str, base: PromptRequest, *, is_smooth: bool) -> None:

@@ -16,9 +16,11 @@ from packaging.requirements import Requirement
 
 from edge_agent.config import AgentConfig
 from fleet.bundles.instruction_sets import instruction_sets
+from fleet.cli.access import call_fleet, is_remote
 from fleet.cli.options import HomeOption, JsonOption, print_json
 from fleet.errors import ConfigError
-from fleet.operator_api.audit_operations import Check
+from fleet.operator_api.audit_operations import CHECK_FLEET, Check
+from fleet.operator_api.operation import NoFields
 from fleet.server.fleet_checks import check_fleet
 from fleet.server.home import FleetHome
 from fleet.utils.free_memory import free_memory
@@ -65,14 +67,21 @@ class Diagnosis(Struct, frozen=True, kw_only=True):
 def doctor(folder: HomeOption = None, as_json: JsonOption = False) -> None:
     """Check this machine and its fleet; exit status 1 when there is a problem."""
     fleet_folder = FleetHome.find(folder)
-    has_fleet = folder is not None or FleetHome.is_fleet(fleet_folder)
-    diagnosis = diagnose(check_fleet(fleet_folder) if has_fleet else (), fleet_folder)
+    diagnosis = diagnose(_fleet_checks(folder, fleet_folder), fleet_folder)
     if as_json:
         print_json(diagnosis)
     else:
         print("\n".join(map(printable, diagnosis_lines(diagnosis))))
     if diagnosis.problems:
         raise typer.Exit(1)
+
+
+def _fleet_checks(folder: Path | None, fleet_folder: Path) -> tuple[Check, ...]:
+    """Return the checks of the fleet, which the server that was chosen runs itself."""
+    if is_remote():
+        return call_fleet(folder, CHECK_FLEET, NoFields()).checks
+    has_fleet = folder is not None or FleetHome.is_fleet(fleet_folder)
+    return check_fleet(fleet_folder) if has_fleet else ()
 
 
 def diagnose(fleet: tuple[Check, ...] = (), folder: Path = Path("/")) -> Diagnosis:

@@ -10,7 +10,7 @@ from typing import Annotated, Final
 import typer
 from msgspec import Struct
 
-from fleet.cli.access import call_fleet, fleet_access
+from fleet.cli.access import call_fleet, fleet_access, own_home
 from fleet.cli.options import (
     HomeOption,
     JsonOption,
@@ -46,7 +46,6 @@ from fleet.operator_api.paging import MAX_PAGE, walk_pages
 from fleet.protocol.access import Role
 from fleet.registry.identities.lifecycle import LIMITED_BY_CERTIFICATE
 from fleet.registry.results import IdentityRow
-from fleet.server.home import FleetHome
 from fleet.utils.path_options import path_option
 from fleet.utils.paths import absolute_path
 from fleet.utils.printable import printable_line
@@ -135,6 +134,7 @@ def enroll_identities(
             "the file has role, group, tags and targets; "
             "leave --role, --group, --tag and --allow out"
         )
+    home = None if out is None else own_home(folder)
     with fleet_access(folder) as access:
         if from_file:
             enrolments = read_enrolments(from_file)
@@ -153,8 +153,7 @@ def enroll_identities(
             issued: Sequence[Invitation | IssuedFolder] = invite(
                 access, enrolments, parse_ttl(ttl, MAX_TTL_S), force=force
             )
-    if out is not None:
-        home = FleetHome.load(folder)
+    if home is not None and out is not None:
         out = absolute_path(out)
         folders = {out / each.name if from_file else out: each for each in enrolments}
         address = home.address(

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fleet.bundles.manifest import Bundle
+from fleet.cli.access import own_folder
 from fleet.cli.options import (
     HomeOption,
     PortOption,
@@ -16,7 +17,7 @@ from fleet.cli.options import (
     ServicePortOption,
 )
 from fleet.server.fleet_options import FleetOptions, resolve_config
-from fleet.server.home import FleetHome, create_fleet
+from fleet.server.home import create_fleet
 from fleet.utils.host_address import host_port
 from fleet.utils.path_options import path_option
 from fleet.utils.paths import absolute_path
@@ -42,7 +43,7 @@ def init(
     folder: HomeOption = None,
 ) -> None:
     """Create or change the fleet's folder: authority, registry and identities. Starts nothing."""
-    folder = FleetHome.find(folder)
+    folder = own_folder(folder)
     options = FleetOptions(
         host=host,
         port=port,

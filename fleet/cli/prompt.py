@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fleet.cli.access import own_home
 from fleet.cli.device_status import await_online
 from fleet.cli.options import (
     BiasOption,
@@ -114,7 +115,7 @@ def prompt(
         response_format=read_response_format(schema),
         regex=regex,
     )
-    home = FleetHome.load(folder)
+    home = own_home(folder)
     send_prompt(home, device, request, as_json=as_json, is_smooth=smooth_stream)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import msgspec
 
-from fleet.cli.access import fleet_access
+from fleet.cli.access import fleet_access, is_remote, own_home
 from fleet.cli.enroll import (
     IssuedFolder,
     NameArgument,
@@ -48,19 +48,18 @@ def renew_identity(
     as_json: JsonOption = False,
 ) -> None:
     """Renew an identity, which keeps its group, tags and rights: print a token, or use --out."""
-    home = FleetHome.load(folder)
     issued: Invitation | IssuedFolder
     with fleet_access(folder) as access:
         row = access.call(SHOW_IDENTITY, IdentityKey(name=name))
         if shared_subscriptions:
             check_shares_subscriptions(row.name, row.role)
             check_has_folder(out)
-        if out is None and home.has_identity(name):
-            out = home.folder / "identities" / name
+        out = out or _own_identity(folder, name)
         if out is None:
             order = InvitationOrder(name=name, ttl_s=parse_ttl(ttl, MAX_TTL_S))
             issued = access.call(INVITE, order)
     if out is not None:
+        home = own_home(folder)
         out = absolute_path(out)
         home.certify_again(_identity_in(home, row, out, shared_subscriptions=shared_subscriptions))
         issued = IssuedFolder(row.name, row.role, str(out))
@@ -68,6 +67,14 @@ def renew_identity(
         print_json(issued)
     else:
         print(issued_text(issued).replace("enrolled", "renewed", 1))
+
+
+def _own_identity(folder: Path | None, name: str) -> Path | None:
+    """The folder of an identity that is the fleet's own; None for another one."""
+    if is_remote():
+        return None
+    home = own_home(folder)
+    return home.folder / "identities" / name if home.has_identity(name) else None
 
 
 def _identity_in(

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fleet.cli.access import own_home
 from fleet.cli.options import (
     ApiCertKeyOption,
     ApiCertOption,
@@ -15,7 +16,6 @@ from fleet.cli.options import (
     MetricsPortOption,
 )
 from fleet.errors import ConfigError
-from fleet.server.home import FleetHome
 from fleet.utils.optional_imports import needs
 from fleet.utils.path_options import path_option
 
@@ -63,7 +63,7 @@ def server(
         metrics=None if metrics_port is None else (metrics_host, metrics_port),
         api=ApiOptions.of(api, api_cert, api_cert_key),
     )
-    home = FleetHome.load(folder)
+    home = own_home(folder)
     if broker:
         check_metrics_ports(home.config, metrics_port, 0)
     run_server(home, options)

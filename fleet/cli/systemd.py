@@ -8,6 +8,7 @@ from typing import Annotated, Final
 
 import typer
 
+from fleet.cli.access import own_home
 from fleet.cli.options import ApiCertKeyOption, ApiCertOption, ApiOption, HomeOption
 from fleet.server.fleet_units import (
     BACKUP_SERVICE,
@@ -17,7 +18,7 @@ from fleet.server.fleet_units import (
     worker_unit,
 )
 from fleet.server.gateway.api_options import ApiOptions
-from fleet.server.home import EMBEDDED, MOSQUITTO, FleetHome
+from fleet.server.home import EMBEDDED, MOSQUITTO
 from fleet.utils.path_options import path_option
 from fleet.utils.paths import absolute_path
 from fleet.utils.printable import print_line
@@ -60,7 +61,7 @@ def systemd(
         identity = absolute_path(worker)
         units = {"fleet-worker.service": worker_unit(identity, service_user(identity, user))}
     else:
-        home = FleetHome.load(folder)
+        home = own_home(folder)
         options = UnitOptions(
             user=service_user(home.folder, user),
             broker=broker,

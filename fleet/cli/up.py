@@ -17,6 +17,7 @@ from cloud_broker_worker.worker.config import (
     check_weight_format,
 )
 from fleet.bundles.manifest import Bundle
+from fleet.cli.access import own_folder
 from fleet.cli.options import (
     ApiCertKeyOption,
     ApiCertOption,
@@ -150,7 +151,7 @@ def up(
         registry=registry,
         retention_days=retention_days,
     )
-    folder = FleetHome.find(folder)
+    folder = own_folder(folder)
     ca_passphrase()  # an unusable one is refused before the model is fetched
     with hold_folder(folder):
         config = resolve_config(folder, options)

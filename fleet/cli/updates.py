@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fleet.cli.access import call_fleet, fleet_access
+from fleet.cli.access import call_fleet, fleet_access, own_home
 from fleet.cli.config import AllOption, TargetGroupOption, parse_target
 from fleet.cli.options import GroupOption, HomeOption, JsonOption, checked_name, print_json
 from fleet.cli.views import print_rows
@@ -20,7 +20,6 @@ from fleet.operator_api.software_operations import (
     UpdateQuery,
     VersionRollout,
 )
-from fleet.server.home import FleetHome
 from fleet.utils.command_group import CommandGroup
 from fleet.utils.console import new_console
 from fleet.utils.path_options import path_argument
@@ -53,7 +52,7 @@ def add_version(
     wheel: WheelArgument, folder: HomeOption = None, as_json: JsonOption = False
 ) -> None:
     """Check a wheel, sign it with the fleet's key, and offer it to devices."""
-    manifest = FleetHome.load(folder).keep_software(wheel)
+    manifest = own_home(folder).keep_software(wheel)
     if as_json:
         print_json(manifest)
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import socket
+import ssl
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -81,23 +82,32 @@ def local_access(home: FleetHome) -> Iterator[LocalAccess]:
 
 
 @contextmanager
-def serving(home: FleetHome) -> Iterator[ApiOfTests]:
+def serving(home: FleetHome, tls: ssl.SSLContext | None = None) -> Iterator[ApiOfTests]:
     """The API of a fleet, which accepts `KEYS`."""
-    with home.registry() as registry, ApiOfTests(OperationContext(registry, home)) as server:
+    with (
+        home.registry() as registry,
+        ApiOfTests(OperationContext(registry, home), tls=tls) as server,
+    ):
         yield server
 
 
 class ApiOfTests(ThreadedServer):
     """The routes alone, on an address of this machine."""
 
-    def __init__(self, context: OperationContext, calls: BlockingCalls | None = None) -> None:
+    def __init__(
+        self,
+        context: OperationContext,
+        calls: BlockingCalls | None = None,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         super().__init__("API of operators", "127.0.0.1", 0)
         self._calls = calls or BlockingCalls()
         self._api = OperatorApi(context, self._calls)
+        self._tls = tls
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'https' if self._tls else 'http'}://127.0.0.1:{self.port}"
 
     def access(self, role: OperatorRole = OperatorRole.ADMIN) -> RemoteAccess:
         """Access with the key of an operator of this role."""
@@ -108,7 +118,7 @@ class ApiOfTests(ThreadedServer):
         app.router.add_routes(self._api.routes())
         runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=STOP_S / 2)
         await runner.setup()
-        await web.SockSite(runner, listener).start()
+        await web.SockSite(runner, listener, ssl_context=self._tls).start()
         await self._until_stopped()
         await runner.cleanup()
         self._calls.close()

@@ -1,0 +1,331 @@
+"""`fleet --server URL`: each command does there what it does with the fleet's folder."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import ssl
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from typer.main import get_command
+
+from fleet.cli import app
+from fleet.operator_api import remote_access
+from fleet.operator_api.operation import OperatorRole
+from fleet.server.home import FleetHome
+from tests.brokers import WAIT_S
+from tests.command_lines import run
+from tests.fleet.operator_api.api_fleet import (
+    BUNDLE,
+    KEYS,
+    SPARE_BUNDLE,
+    VERSION,
+    ApiOfTests,
+    copy_of,
+    make_fleet,
+    serving,
+)
+from tests.fleet.operator_api.test_parity import steady
+
+DURATION: Final = re.compile(r"[0-9]+ s\b")  # of a roll-out that goes on
+KEY: Final = KEYS[OperatorRole.ADMIN]
+
+READS: Final = (
+    ("devices",),
+    ("devices", "--offline", "--group", "lab"),
+    ("devices", "--tag", "floor=9"),
+    ("device", "kitchen", "--since", "7d"),
+    ("workers",),
+    ("sessions",),
+    ("sessions", "kitchen", "--limit", "2"),
+    ("stats",),
+    ("stats", "kitchen", "--since", "7d"),
+    ("stats", "--by", "group"),
+    ("stats", "--by", "bundle", "--group", "house"),
+    ("stats", "--by", "hour"),
+    ("audit", "--limit", "3"),
+    ("identities", "--role", "device"),
+    ("key", "list"),
+    ("config", "show", "kitchen"),
+    ("config", "show", "--all"),
+    ("config", "diff"),
+    ("bundle", "list"),
+    ("bundle", "status"),
+    ("bundle", "status", "1"),
+    ("update", "list"),
+    ("update", "status"),
+)
+CHANGES: Final = (
+    ("enroll", "tablet", "--tag", "floor=2", "--ttl", "1h"),
+    ("enroll", "kitchen", "--force"),
+    ("renew", "kitchen"),
+    ("suspend", "kitchen"),
+    ("revoke", "kitchen"),
+    ("delete", "newcomer"),
+    ("group", "kitchen", "lab"),
+    ("group", "kitchen", "--none"),
+    ("allow", "phone", "house", "floor=1"),
+    ("disallow", "phone", "kitchen"),
+    ("tag", "kitchen", "room=left", "--remove", "floor"),
+    ("key", "create", "watch", "--allow", "kitchen", "--expires", "24h"),
+    ("config", "set", "kitchen", "threshold=0.5", "bundle=bbbb"),
+    ("config", "unset", "--all", "threshold"),
+    ("bundle", "rename", BUNDLE, "Summer"),
+    ("bundle", "remove", SPARE_BUNDLE),
+    ("bundle", "rollout", "bbbb", "--group", "house", "--stages", "50,100"),
+    ("bundle", "pause"),
+    ("bundle", "rollback"),
+    ("update", "rollout", VERSION, "kitchen"),
+)
+REFUSED_THERE: Final = (  # and here, with the same line
+    ("resume", "kitchen"),
+    ("key", "revoke", "0" * 16),
+    ("bundle", "resume"),
+    ("bundle", "rollout", "bbbb", "--max-failed", "2"),
+    ("device", "oven"),
+    ("config", "set", "--all", "treshold=1"),
+    ("config", "set", "kitchen", "threshold=2"),
+    ("enroll", "kitchen"),
+)
+NEED_THE_FOLDER: Final = (
+    ("init", "--host", "localhost", "--bundle", "folder"),
+    ("up",),
+    ("server",),
+    ("systemd", "--out", "units"),
+    ("bridge", "--host", "localhost"),
+    ("backup", "file"),
+    ("restore", "file"),
+    ("prompt", "kitchen", "hi"),
+    ("chat", "kitchen"),
+    ("bundle", "add", "folder"),
+    ("update", "add", "x.whl"),
+    ("broker", "config", "--out", "x"),
+    ("broker", "rules"),
+    ("authority", "rotate"),
+    ("authority", "retire"),
+    ("enroll", "tablet", "--out", "folder"),
+)
+WITHOUT_A_FLEET: Final = {
+    "bench",
+    "bundle sign",
+    "bundle verify",
+    "demo",
+    "export",
+    "heads calibrate",
+    "heads draw",
+    "heads evaluate",
+    "heads profile",
+    "heads train",
+    "plan",
+}
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> FleetHome:
+    return make_fleet(tmp_path_factory.mktemp("remote") / "template")
+
+
+@pytest.fixture(scope="module")
+def server(template: FleetHome) -> Iterator[ApiOfTests]:
+    with serving(template) as opened:
+        yield opened
+
+
+def remote(server: ApiOfTests, *arguments: str, key: str = KEY) -> subprocess.CompletedProcess[str]:
+    return run("--server", server.url, *arguments, FLEET_KEY=key)
+
+
+def commands(group: Any = None, prefix: str = "") -> Iterator[str]:
+    """Yield the name of each command, after that of its group."""
+    for name, command in (group or vars(get_command(app)))["commands"].items():
+        if "commands" in vars(command):
+            yield from commands(vars(command), f"{prefix}{name} ")
+        else:
+            yield f"{prefix}{name}"
+
+
+def test_every_command_is_tried_here() -> None:
+    tables = (*READS, *CHANGES, *REFUSED_THERE, *NEED_THE_FOLDER, ("doctor",))
+    tried = {name for words in tables for name in (words[0], " ".join(words[:2]))}
+    assert set(commands()) - tried == WITHOUT_A_FLEET
+
+
+@pytest.mark.parametrize("words", READS, ids=" ".join)
+def test_a_command_shows_the_same_there(
+    words: tuple[str, ...], server: ApiOfTests, template: FleetHome
+) -> None:
+    here = run(*words, "--json", FLEET_HOME=str(template.folder))
+    there = remote(server, *words, "--json")
+    assert here.returncode == there.returncode == 0, there.stderr
+    shown, expected = (steady(json.loads(each.stdout), template) for each in (there, here))
+    assert shown == expected
+    table = run(*words, FLEET_HOME=str(template.folder)).stdout
+    assert DURATION.sub("", remote(server, *words).stdout) == DURATION.sub("", table)
+
+
+@pytest.mark.parametrize("words", CHANGES, ids=" ".join)
+def test_a_command_changes_the_same_there(
+    words: tuple[str, ...], template: FleetHome, tmp_path: Path
+) -> None:
+    mine = copy_of(template, tmp_path / "mine")
+    other = copy_of(template, tmp_path / "other")
+    here = run(*words, "--json", FLEET_HOME=str(mine.folder))
+    assert here.returncode == 0, here.stderr
+    with serving(other) as server:
+        there = remote(server, *words, "--json")
+    assert there.returncode == 0, there.stderr
+    assert steady(json.loads(there.stdout), other) == steady(json.loads(here.stdout), mine)
+    assert newest_change(other, "admin") == newest_change(mine, None)
+
+
+def newest_change(home: FleetHome, actor: str | None) -> Any:
+    """Return the newest change, and check its actor."""
+    with home.registry() as registry:
+        (row,) = registry.audit_log.entries(limit=1)
+        assert row.actor == (actor or registry.actor)
+    return steady((row.action, row.subject, row.details), home)
+
+
+@pytest.mark.parametrize("words", REFUSED_THERE, ids=" ".join)
+def test_a_command_is_refused_with_the_same_line_there(
+    words: tuple[str, ...], server: ApiOfTests, template: FleetHome
+) -> None:
+    here = run(*words, FLEET_HOME=str(template.folder))
+    there = remote(server, *words)
+    assert here.returncode == there.returncode == 1
+    assert there.stderr == here.stderr
+
+
+@pytest.mark.parametrize("words", NEED_THE_FOLDER, ids=" ".join)
+def test_a_command_that_needs_the_folder_says_so(
+    words: tuple[str, ...], server: ApiOfTests, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("file", "x.whl"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder").mkdir()
+    done = remote(server, *words)
+    assert done.returncode == 1
+    assert "this command needs the fleet's folder" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "x.whl"]
+
+
+def test_the_doctor_examines_this_machine_and_the_fleet_there(
+    server: ApiOfTests, template: FleetHome
+) -> None:
+    here = json.loads(run("doctor", "--json", FLEET_HOME=str(template.folder)).stdout)
+    there = json.loads(remote(server, "doctor", "--json").stdout)
+    assert there["packages"] == here["packages"]
+    assert steady(there["fleet"], template) == steady(here["fleet"], template)
+
+
+def test_the_key_may_stand_in_a_file_and_the_server_in_the_environment(
+    server: ApiOfTests, tmp_path: Path
+) -> None:
+    (tmp_path / "key").write_text(KEY + "\n")
+    words = ("--key-file", str(tmp_path / "key"), "devices")
+    done = run(*words, FLEET_SERVER=server.url)
+    assert "kitchen" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "says"),
+    [
+        (("--server", "URL", "devices"), "", "set FLEET_KEY, or give --key-file"),
+        (("--server", "URL", "devices"), "fleet-1-2", "that is no key of an operator"),
+        (("--server", "URL", "devices"), KEY + "-other", "expected a key of an operator"),
+        (("--server", "URL", "--key-file", "/no/key", "devices"), "", "/no/key"),
+        (("--server", "URL", "devices", "--home", "/tmp"), KEY, "--home and --server exclude"),
+        (("--server", "URL/v1", "devices"), KEY, "expected https://HOST:PORT"),
+        (("--server", "ftp://localhost", "devices"), KEY, "expected https://HOST:PORT"),
+        (("--server", "http://192.0.2.1:1", "devices"), KEY, "use https"),
+        (("--server", "http://127.0.0.1:1", "devices"), KEY, "no connection to"),
+        (("--key-file", "x", "devices"), KEY, "--key-file is for --server URL"),
+        (
+            ("--server", "https://localhost:1", "--ca-file", "/no/ca.pem", "devices"),
+            KEY,
+            "/no/ca.pem has no usable certificates",
+        ),
+    ],
+)  # fmt: skip
+def test_a_server_or_a_key_that_is_not_usable(
+    words: tuple[str, ...], key: str, says: str, server: ApiOfTests
+) -> None:
+    done = run(*(word.replace("URL", server.url) for word in words), FLEET_KEY=key)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert says in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_viewer_may_look_and_not_change(server: ApiOfTests) -> None:
+    viewer = KEYS[OperatorRole.VIEWER]
+    assert "kitchen" in remote(server, "devices", key=viewer).stdout
+    done = remote(server, "suspend", "kitchen", key=viewer)
+    assert "this needs the role admin" in done.stderr
+
+
+def test_the_authority_of_the_fleet_is_trusted_and_no_other(
+    template: FleetHome, tmp_path: Path
+) -> None:
+    pair = template.server_tls(tmp_path / "tls")
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(pair.cert_file, pair.key_file)
+    with serving(template, tls) as server:
+        ca = str(template.ca_folder / "ca.pem")
+        words = ("--server", server.url, "devices")
+        assert "kitchen" in run("--ca-file", ca, *words, FLEET_KEY=KEY).stdout
+        done = run(*words, FLEET_KEY=KEY)
+    assert "its certificate is not trusted" in done.stderr
+    assert "--ca-file" in done.stderr
+
+
+def test_a_server_that_does_not_answer_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_access, "CALL_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        done = run("--server", url, "devices", FLEET_KEY=KEY)
+    assert "did not answer in time" in done.stderr
+
+
+def test_a_server_that_is_none_of_a_fleet_is_an_error() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        command = [sys.executable, "-m", "fleet.cli", "--server", url, "devices"]
+        with subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, env={"FLEET_KEY": KEY, "PATH": ""}
+        ) as process:
+            listener.settimeout(WAIT_S)
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello")
+                _, errors = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 1
+    assert "its software may have another version" in errors
+
+
+def test_a_machine_without_a_database_is_enough(server: ApiOfTests) -> None:
+    program = "import sys; sys.modules['sqlalchemy'] = None; from fleet.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--server", server.url, "devices"],
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+        check=False,
+        env={"FLEET_KEY": KEY, "PATH": ""},
+    )
+    assert "kitchen" in done.stdout, done.stderr
+
+
+def test_the_next_command_of_a_process_uses_its_own_folder(
+    server: ApiOfTests, tmp_path: Path
+) -> None:
+    assert "kitchen" in remote(server, "devices").stdout
+    done = run("devices", FLEET_HOME=str(tmp_path))
+    assert "no fleet in" in done.stderr
