@@ -8,6 +8,7 @@ from typing import Annotated, Final, TypeVar
 from msgspec import Meta, Struct
 from msgspec.structs import replace
 
+from fleet.errors import ServiceError
 from fleet.operator_api.fleet_access import FleetAccess
 from fleet.operator_api.operation import Operation
 
@@ -47,4 +48,6 @@ def walk_pages(
         yield page
         if page.next_page is None:
             return
+        if page.next_page == query.after:
+            raise ServiceError("the server repeats a page without an end; it is faulty")
         query = replace(query, after=page.next_page)

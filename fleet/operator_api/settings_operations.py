@@ -10,6 +10,7 @@ from fleet.operator_api.operation import Operation, OperatorRole
 from fleet.operator_api.paging import ListPage, PageQuery
 from fleet.protocol.desired_config import Settings
 from fleet.protocol.report import ConfigProblem
+from fleet.protocol.types import Amount
 
 
 class SettingsTarget(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -39,17 +40,26 @@ class TargetSettings(Struct, frozen=True, kw_only=True):
 
 
 class SettingsChange(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Settings of a target to set; the bundle may be a name, or the beginning of an id."""
+    """Settings of a target to set; the bundle may be a name, or the beginning of an id.
+
+    With `if_version` the change is refused when the settings of the target have another version by
+    now, because another operator has changed them.
+    """
 
     target: str
     settings: dict[str, Any]
+    if_version: Amount | None = None
 
 
 class SettingsRemoval(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Names of settings, which a wider scope or the device itself decides again."""
+    """Names of settings, which a wider scope or the device itself decides again.
+
+    `if_version` is as in `SettingsChange`.
+    """
 
     target: str
     keys: tuple[str, ...]
+    if_version: Amount | None = None
 
 
 class ChangedSettings(Struct, frozen=True, kw_only=True):

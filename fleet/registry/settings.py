@@ -44,17 +44,26 @@ class DesiredStateRepository(Repository):
         with self._transactions.reading() as db:
             return newest_settings(db, target)
 
-    def change_settings(self, target: Target, change: Callable[[Settings], Settings]) -> int:
+    def change_settings(
+        self,
+        target: Target,
+        change: Callable[[Settings], Settings],
+        *,
+        if_version: int | None = None,
+    ) -> int:
         """Replace a target's settings by ``change(settings)``; return the new version.
 
         Raises:
             UnknownDeviceError: the device is not enrolled.
-            ConfigError: no device is in the group.
+            ConfigError: no device is in the group, or the settings have another version than
+                `if_version`.
         """
 
         def work(db: Session) -> int:
             _check_target(db, target)
             acquire_lock(db, CONFIG_LOCK)
+            if if_version is not None:
+                _check_version(db, target, if_version)
             return _add_change(db, self.actor, target, change(newest_settings(db, target)))
 
         return self._transactions.write(work)
@@ -214,6 +223,16 @@ def _add_change(db: Session, actor: str, target: Target, settings: Settings) -> 
     db.flush()
     audit(db, actor, "config", str(target), version=record.id, settings=record.settings)
     return record.id
+
+
+def _check_version(db: Session, target: Target, expected: int) -> None:
+    """Raise ConfigError when another change was made after the `expected` version."""
+    version = _settings_by_target(db).get(target, NO_SETTINGS).version
+    if version != expected:
+        raise ConfigError(
+            f"the settings of {target} have version {version}, expected {expected}: another "
+            "operator has changed them; read them again, and repeat the change"
+        )
 
 
 def _is_narrower(db: Session, narrower: Target, target: Target) -> bool:

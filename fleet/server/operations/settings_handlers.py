@@ -75,7 +75,9 @@ def _set_settings(context: OperationContext, change: SettingsChange) -> ChangedS
     if isinstance(bundle := values.get("bundle"), str):  # also a name, or the beginning of an id
         values["bundle"] = context.registry.rollouts.find_bundle(bundle)
     changes = parse_settings(values)
-    return _change(context, target, lambda settings: merge_scopes(settings, changes))
+    return _change(
+        context, target, lambda settings: merge_scopes(settings, changes), change.if_version
+    )
 
 
 def _checked_values(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,7 +102,9 @@ def _unset_settings(context: OperationContext, removal: SettingsRemoval) -> Chan
     target = Target.parse(removal.target)
     _check_names(removal.keys)
     nothing = dict.fromkeys(removal.keys)
-    return _change(context, target, lambda settings: replace(settings, **nothing))
+    return _change(
+        context, target, lambda settings: replace(settings, **nothing), removal.if_version
+    )
 
 
 def _check_names(keys: Sequence[str]) -> None:
@@ -113,10 +117,14 @@ def _check_names(keys: Sequence[str]) -> None:
 
 
 def _change(
-    context: OperationContext, target: Target, change: Callable[[Settings], Settings]
+    context: OperationContext,
+    target: Target,
+    change: Callable[[Settings], Settings],
+    if_version: int | None,
 ) -> ChangedSettings:
-    version = context.registry.desired_state.change_settings(target, change)
-    settings = context.registry.desired_state.settings(target)
+    desired_state = context.registry.desired_state
+    version = desired_state.change_settings(target, change, if_version=if_version)
+    settings = desired_state.settings(target)
     return ChangedSettings(target=str(target), version=version, settings=settings)
 
 

@@ -205,6 +205,11 @@ FAILURES: Final = (
         settings.SET_SETTINGS,
         settings.SettingsChange(target="all", settings={"mode": None}),
     ),
+    (
+        ConfigError,
+        settings.SET_SETTINGS,
+        settings.SettingsChange(target="all", settings={"mode": "auto"}, if_version=7),
+    ),
     (ConfigError, settings.SHOW_SETTINGS, settings.SettingsTarget(target="kitchen")),
     (
         ConfigError,
@@ -310,6 +315,22 @@ def test_an_error_has_the_same_class_and_text_here_and_through_the_api(
         assert type(caught.value) is error
         texts.append(str(caught.value))
     assert texts[0] == texts[1]
+
+
+def test_the_second_of_two_operators_who_change_a_setting_learns_of_the_first(
+    template: FleetHome, tmp_path: Path
+) -> None:
+    with (
+        serving(copy_of(template, tmp_path / "fleet")) as server,
+        server.access() as first,
+        server.access(OperatorRole.OPERATOR) as second,
+    ):
+        version = second.call(settings.SHOW_SETTINGS, settings.SettingsTarget(target="all")).version
+        values = {"top_k": 3}
+        change = settings.SettingsChange(target="all", settings=values, if_version=version)
+        first.call(settings.SET_SETTINGS, change)
+        with pytest.raises(ConfigError, match="another operator has changed them"):
+            second.call(settings.SET_SETTINGS, change)
 
 
 def test_an_operation_needs_its_role(template: FleetHome, tmp_path: Path) -> None:
