@@ -42,7 +42,7 @@ from fleet.registry.targets import Scope, Target
 from fleet.utils.command_group import CommandGroup
 from fleet.utils.console import new_console
 from fleet.utils.paths import absolute_path
-from fleet.utils.printable import count
+from fleet.utils.printable import count, print_line
 from fleet.utils.text_files import decode_json, read_json
 
 app = typer.Typer(
@@ -211,6 +211,6 @@ def _print(
         return
     suffix = f", version {shown.version}" if with_version else ""
     settings = msgspec.to_builtins(shown.settings)
-    print(f"{shown.target}{suffix}" + ("" if settings else ": nothing is set"))
+    print_line(f"{shown.target}{suffix}" + ("" if settings else ": nothing is set"))
     for key, value in settings.items():
         print(f"  {key}={json.dumps(value)}")

@@ -48,7 +48,7 @@ from fleet.registry.identities.lifecycle import LIMITED_BY_CERTIFICATE
 from fleet.registry.results import IdentityRow
 from fleet.utils.path_options import path_option
 from fleet.utils.paths import absolute_path
-from fleet.utils.printable import printable_line
+from fleet.utils.printable import print_line, printable_line
 
 NAME_HELP: Final = "a-z, 0-9, '-' and '_'."
 
@@ -172,10 +172,8 @@ def issued_text(issued: Invitation | IssuedFolder) -> str:
     if isinstance(issued, IssuedFolder):
         return issued.line
     until = format_time(issued.expires_at)
-    return (
-        f"enrolled {issued.role} {issued.name}; run this there, once, before {until}:\n"
-        f"  {issued.command}"
-    )
+    first = f"enrolled {issued.role} {issued.name}; run this there, once, before {until}:"
+    return f"{printable_line(first)}\n  {printable_line(issued.command)}"
 
 
 def _role_of(access: FleetAccess, name: str) -> str:
@@ -258,7 +256,7 @@ def change_state(
     if as_json:
         print_json(row)
     else:
-        print(f"{row.role} {name} is {row.state}")
+        print_line(f"{row.role} {name} is {row.state}")
 
 
 def invite(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
+
+from fleet.utils.console import outside_text
 
 MAX_COLUMNS: Final = 10_000  # of a table before it is fitted to the terminal
 FOLDED_COLUMNS: Final = 80
@@ -16,7 +18,15 @@ FOLDED_COLUMNS: Final = 80
 
 
 class FittedTable(Table):
-    """A table, or a list of its rows where its longest words do not fit side by side."""
+    """A table, or a list of its rows where its longest words do not fit side by side.
+
+    A text of a cell is shown as it is, and never controls the terminal.
+    """
+
+    def add_row(self, *cells: RenderableType | None, **options: Any) -> None:
+        """Add a row, as a table of rich does."""
+        shown = (outside_text(cell) if isinstance(cell, str) else cell for cell in cells)
+        super().add_row(*shown, **options)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if self._needed_columns(console) <= options.max_width:

@@ -30,6 +30,7 @@ from fleet.operator_api.key_operations import (
 from fleet.registry.results import ApiKeyRow
 from fleet.utils.command_group import CommandGroup
 from fleet.utils.console import new_console
+from fleet.utils.printable import print_line
 
 app = typer.Typer(
     cls=CommandGroup, no_args_is_help=True, help="Create and revoke keys for the HTTP API."
@@ -66,7 +67,8 @@ def create_key(
     else:
         expires_at = created.expires_at
         until = "it is revoked" if expires_at is None else format_time(expires_at)
-        print(f"{name} may use this key until {until}; it is not shown again:\n  {created.key}")
+        print_line(f"{name} may use this key until {until}; it is not shown again:")
+        print_line(f"  {created.key}")
 
 
 @app.command("list")
@@ -92,7 +94,7 @@ def revoke_api_key(
     if as_json:
         print_json(revoked)
     else:
-        print(f"key {key_id} of {revoked.app} is revoked")
+        print_line(f"key {key_id} of {revoked.app} is revoked")
 
 
 def keys_table(rows: Sequence[ApiKeyRow]) -> FittedTable:

@@ -41,7 +41,7 @@ from fleet.registry.rollouts.canary_analysis import CanaryLimits
 from fleet.registry.rollouts.plan import RolloutPlan, check_plan
 from fleet.registry.rollouts.states import RolloutState
 from fleet.utils.console import new_console, outside_text
-from fleet.utils.printable import count
+from fleet.utils.printable import count, print_line
 
 BAR_WIDTH: Final = 24
 STYLES: Final = {"taken": "green", "failed": "red", "pending": "yellow", "absent": "dim"}
@@ -206,7 +206,7 @@ def progress_text(row: RolloutRow, now: float) -> Text:
     targets = f"group {row.group}" if row.group else "all devices"
     label = bundle_label(row.bundle_id, row.bundle_name)
     title = f"roll-out {row.id}: bundle {label} to {targets}, {row.state}"
-    lines = [Text(title, "bold"), _stage_text(row, now)]
+    lines = [outside_text(title, "bold"), _stage_text(row, now)]
     if any(row.devices.values()):
         lines.append(_outcomes_text(row))
     for finding in row.findings:
@@ -227,7 +227,7 @@ def _stage_text(row: RolloutRow, now: float) -> Text:
 
 def _outcomes_text(row: RolloutRow) -> Text:
     outcomes = [
-        Text(f"{count} {outcome}", STYLES.get(outcome, ""))
+        outside_text(f"{count} {outcome}", STYLES.get(outcome, ""))
         for outcome, count in row.devices.items()
         if count
     ]
@@ -247,9 +247,9 @@ def _print_change(row: RolloutRow, participle: str, *, as_json: bool) -> None:
         print_json(row)
         return
     label = bundle_label(row.bundle_id, row.bundle_name)
-    print(f"roll-out {row.id} of bundle {label} is {participle}; see 'fleet bundle status'")
+    print_line(f"roll-out {row.id} of bundle {label} is {participle}; see 'fleet bundle status'")
     if row.state == "waiting" and row.doing:
-        print(f"it waits: {row.doing}")
+        print_line(f"it waits: {row.doing}")
 
 
 def add_rollout_commands(app: typer.Typer) -> None:

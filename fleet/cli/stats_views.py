@@ -77,8 +77,8 @@ def _device_cells(row: DeviceRow) -> list[Text]:
     errors = [each for each in (row.config_error, row.software_error, row.event_error) if each]
     problems = [outside_text(each.message, "red") for each in errors]
     return [
-        _lines(Text(row.device, "bold"), *(Text(label, "dim") for label in labels)),
-        _lines(Text(row.state), _presence(row)),
+        _lines(outside_text(row.device, "bold"), *(outside_text(each, "dim") for each in labels)),
+        _lines(outside_text(row.state), _presence(row)),
         _lines(
             outside_text(row.mode or "-"),
             outside_text(row.bundle_name or row.bundle_id[:8], "dim"),

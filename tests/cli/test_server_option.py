@@ -9,17 +9,24 @@ import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 import pytest
 from typer.main import get_command
 
 from fleet.cli import app
 from fleet.operator_api import remote_access
-from fleet.operator_api.operation import OperatorRole
+from fleet.operator_api.fleet_access import FleetAccess
+from fleet.operator_api.operation import Operation, OperatorRole
 from fleet.server.home import FleetHome
+from fleet.server.operations.context import OperationContext
+from fleet.server.operations.local_access import LocalAccess
+from fleet.utils.printable import HIDDEN
 from tests.brokers import WAIT_S
+from tests.cli.test_outside_text import TEXT
 from tests.command_lines import run
 from tests.fleet.operator_api.api_fleet import (
     BUNDLE,
@@ -329,3 +336,46 @@ def test_the_next_command_of_a_process_uses_its_own_folder(
     assert "kitchen" in remote(server, "devices").stdout
     done = run("devices", FLEET_HOME=str(tmp_path))
     assert "no fleet in" in done.stderr
+
+
+class _Hostile(FleetAccess):
+    """A server that puts control characters into each text that it can."""
+
+    def __init__(self, access: FleetAccess) -> None:
+        self._access = access
+
+    def call(self, operation: Operation[Any, Any], request: Any) -> Any:
+        response = msgspec.to_builtins(self._access.call(operation, request))
+        for holder, key in list(texts(response)):
+            kept = holder[key]
+            holder[key] = kept if key == "next_page" else TEXT
+            try:
+                msgspec.convert(response, operation.response)
+            except msgspec.ValidationError:
+                holder[key] = kept
+        return msgspec.convert(response, operation.response)
+
+
+def texts(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield each text in a value of JSON, as the container and the key there."""
+    for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(each, str):
+            yield value, key
+        elif isinstance(each, dict | list):
+            yield from texts(each)
+
+
+@pytest.mark.parametrize("words", [*READS, *CHANGES, ("doctor",)], ids=" ".join)
+def test_a_hostile_server_controls_no_terminal(
+    words: tuple[str, ...], template: FleetHome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = copy_of(template, tmp_path / "fleet")
+    with home.registry() as registry:
+        access = _Hostile(LocalAccess(OperationContext(registry, home)))
+        monkeypatch.setattr(remote_access, "RemoteAccess", lambda *_: nullcontext(access))
+        for options in ((), ("--json",)):
+            printed = run("--server", "https://a", *words, *options, FLEET_KEY=KEY, COLUMNS="200")
+            assert not HIDDEN.search(printed.stdout + printed.stderr), printed
+            assert bool(printed.stdout) == (not printed.stderr)
+            if words in CHANGES:
+                break
