@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from fleet.operator_api.operation import Operation, Request, Response
 
 
 class FleetAccess(ABC):
-    """Access with the rights of one operator."""
+    """Access with the rights of one operator.
+
+    A list is read in pages of at most `max_page` rows.
+    """
+
+    max_page: ClassVar[int] = 10_000
 
     @abstractmethod
     def call(self, operation: Operation[Request, Response], request: Request) -> Response:

@@ -38,11 +38,12 @@ Page = TypeVar("Page", bound=ListPage)
 def walk_pages(
     access: FleetAccess, operation: Operation[Query, Page], query: Query
 ) -> Iterator[Page]:
-    """Yield the pages of a list, from the one of `query` on.
+    """Yield the pages of a list, from the one of `query` on, each as large as `access` allows.
 
     Raises:
         FleetError: as the operation.
     """
+    query = replace(query, limit=min(query.limit, access.max_page))
     while True:
         page = access.call(operation, query)
         yield page

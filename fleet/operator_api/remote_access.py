@@ -6,7 +6,7 @@ import re
 import ssl
 import time
 from pathlib import Path
-from typing import Final, Self
+from typing import ClassVar, Final, Self
 
 import msgspec
 import urllib3
@@ -45,6 +45,8 @@ class RemoteProblemBody(Struct, frozen=True):
 
 class RemoteAccess(FleetAccess):
     """Access with an operator's key. Any thread may use it."""
+
+    max_page: ClassVar[int] = 1000
 
     def __init__(self, url: str, key: str, ca: Path | None = None) -> None:
         """Store the values. `ca` has the only certificates to trust, by default the system's.

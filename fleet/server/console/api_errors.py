@@ -87,13 +87,13 @@ def _of_path(error: web.HTTPException) -> web.Response:
 def problem_body(status: int, code: str, message: str) -> web.Response:
     """Return a response with an error."""
     body = ApiProblemBody(error=ApiProblem(code=code, message=message))
-    return json_response(body, status)
+    return json_response(msgspec.json.encode(body), status)
 
 
-def json_response(value: Struct, status: int = 200) -> web.Response:
-    """Return a response that no cache may keep."""
+def json_response(body: bytes, status: int = 200) -> web.Response:
+    """Return a response with JSON that no cache may keep."""
     return web.Response(
-        body=msgspec.json.encode(value),
+        body=body,
         status=status,
         content_type=JSON,
         headers={"Cache-Control": "no-store"},
