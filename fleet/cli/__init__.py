@@ -17,6 +17,7 @@ from fleet.cli.broker import app as broker_app
 from fleet.cli.bundles import app as bundle_app
 from fleet.cli.chat import chat
 from fleet.cli.config import app as config_app
+from fleet.cli.console import console
 from fleet.cli.demo import demo
 from fleet.cli.devices import device, devices
 from fleet.cli.doctor import doctor
@@ -31,6 +32,7 @@ from fleet.cli.heads import app as heads_app
 from fleet.cli.identities import change_group, delete_identity, identities
 from fleet.cli.init import init
 from fleet.cli.keys import app as key_app
+from fleet.cli.operators import app as operator_app
 from fleet.cli.options import PASS_ON
 from fleet.cli.plan import plan
 from fleet.cli.prompt import prompt
@@ -65,6 +67,7 @@ app.command("demo", rich_help_panel=START)(demo)
 app.command("init", rich_help_panel=START)(init)
 app.command("up", rich_help_panel=START)(up)
 app.command("server", rich_help_panel=START)(server_command)
+app.command("console", rich_help_panel=START)(console)
 app.command("systemd", rich_help_panel=START)(systemd)
 app.command("bridge", rich_help_panel=START)(bridge)
 app.command("backup", rich_help_panel=START)(backup)
@@ -94,6 +97,7 @@ app.command("export", rich_help_panel=MODELS, context_settings=PASS_ON)(export)
 app.command("bench", rich_help_panel=MODELS, context_settings=PASS_ON)(bench)
 add_rollout_commands(bundle_app)
 app.add_typer(key_app, name="key", rich_help_panel=IDENTITIES)
+app.add_typer(operator_app, name="operator", rich_help_panel=IDENTITIES)
 app.add_typer(config_app, name="config", rich_help_panel=CHANGES)
 app.add_typer(bundle_app, name="bundle", rich_help_panel=CHANGES)
 app.add_typer(update_app, name="update", rich_help_panel=CHANGES)

@@ -136,6 +136,18 @@ ApiCertOption = Annotated[
     path_option(help="Certificate of --api in PEM (default: of the fleet's own authority)."),
 ]
 ApiCertKeyOption = Annotated[Path | None, path_option(help="Key of --api-cert in PEM.")]
+ConsoleOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="Serve the console and the operators' API here; beyond this machine with TLS.",
+    ),
+]
+ConsoleCertOption = Annotated[
+    Path | None,
+    path_option(help="Certificate of --console in PEM (default: of the fleet's own authority)."),
+]
+ConsoleCertKeyOption = Annotated[Path | None, path_option(help="Key of --console-cert in PEM.")]
 BundleOption = Annotated[
     Path | None,
     path_option(help="Folder of the bundle (default: the default model's, built if missing)."),

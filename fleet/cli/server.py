@@ -12,6 +12,9 @@ from fleet.cli.options import (
     ApiCertKeyOption,
     ApiCertOption,
     ApiOption,
+    ConsoleCertKeyOption,
+    ConsoleCertOption,
+    ConsoleOption,
     HomeOption,
     MetricsPortOption,
 )
@@ -47,6 +50,9 @@ def server(
     api: ApiOption = None,
     api_cert: ApiCertOption = None,
     api_cert_key: ApiCertKeyOption = None,
+    console: ConsoleOption = None,
+    console_cert: ConsoleCertOption = None,
+    console_cert_key: ConsoleCertKeyOption = None,
 ) -> None:
     """Run broker, collector and service alone; `fleet up` starts this."""
     with needs("server"):
@@ -62,6 +68,7 @@ def server(
         reload=reload,
         metrics=None if metrics_port is None else (metrics_host, metrics_port),
         api=ApiOptions.of(api, api_cert, api_cert_key),
+        console=ApiOptions.of_console(console, console_cert, console_cert_key),
     )
     home = own_home(folder)
     if broker:

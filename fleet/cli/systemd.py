@@ -9,7 +9,15 @@ from typing import Annotated, Final
 import typer
 
 from fleet.cli.access import own_home
-from fleet.cli.options import ApiCertKeyOption, ApiCertOption, ApiOption, HomeOption
+from fleet.cli.options import (
+    ApiCertKeyOption,
+    ApiCertOption,
+    ApiOption,
+    ConsoleCertKeyOption,
+    ConsoleCertOption,
+    ConsoleOption,
+    HomeOption,
+)
 from fleet.server.fleet_units import (
     BACKUP_SERVICE,
     UnitOptions,
@@ -54,6 +62,9 @@ def systemd(
     api: ApiOption = None,
     api_cert: ApiCertOption = None,
     api_cert_key: ApiCertKeyOption = None,
+    console: ConsoleOption = None,
+    console_cert: ConsoleCertOption = None,
+    console_cert_key: ConsoleCertKeyOption = None,
     folder: HomeOption = None,
 ) -> None:
     """Write hardened systemd units: server, broker, workers, and a daily backup."""
@@ -69,6 +80,7 @@ def systemd(
             listen=listen,
             backups=absolute_path(backups),
             api=ApiOptions.of(api, api_cert, api_cert_key),
+            console=ApiOptions.of_console(console, console_cert, console_cert_key),
         )
         units = fleet_units(home, options)
     write_units(out, units)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,9 @@ from fleet.cli.options import (
     ApiCertOption,
     ApiOption,
     BundleOption,
+    ConsoleCertKeyOption,
+    ConsoleCertOption,
+    ConsoleOption,
     HomeOption,
     MetricsPortOption,
     PortOption,
@@ -130,12 +134,17 @@ def up(
     api: ApiOption = None,
     api_cert: ApiCertOption = None,
     api_cert_key: ApiCertKeyOption = None,
+    console: ConsoleOption = None,
+    console_cert: ConsoleCertOption = None,
+    console_cert_key: ConsoleCertKeyOption = None,
 ) -> None:
     """Start broker, registry, collector, service and workers; stop them with Ctrl-C."""
     check_broker(broker)
     if weights:
         check_weight_format(weights)
     api_options = ApiOptions.of(api, api_cert, api_cert_key)
+    console_options = ApiOptions.of_console(console, console_cert, console_cert_key)
+    web_servers = [each for each in (api_options, console_options) if each]
     settings = WorkerSettings(
         weights=weights,
         expected_sessions=expected_sessions,
@@ -157,14 +166,14 @@ def up(
         config = resolve_config(folder, options)
         check_metrics_ports(config, metrics_port, workers)
         check_ports(config, listen)
-        if api_options:
-            _check_api(api_options)
+        for each in web_servers:
+            _check_web_server(each)
         if not config.bundle:
             path = default_bundle(new_console(stderr=True).print)
             config = msgspec.structs.replace(config, bundle=str(path))
         Bundle.load(Path(config.bundle), ())  # before it is written down
         home = create_fleet(folder, config)
-        if api_options:
+        if web_servers:
             home.identity(GATEWAY, Role.GATEWAY)  # before a broker starts and reads its rights
         _run(
             home,
@@ -173,13 +182,13 @@ def up(
             broker,
             listen=listen,
             settings=settings,
-            api=api_options,
+            web_servers=web_servers,
         )
 
 
-def _check_api(options: ApiOptions) -> None:
-    """Raise ConfigError when the port of the API is in use, or its certificate cannot be used."""
-    check_port(options.address.host, options.address.port, "--api")
+def _check_web_server(options: ApiOptions) -> None:
+    """Raise ConfigError when the port is in use, or the certificate cannot be used."""
+    check_port(options.address.host, options.address.port, options.option)
     if options.cert_file and options.key_file:
         ApiCertificate(options.cert_file, options.key_file)
 
@@ -192,7 +201,7 @@ def _run(
     *,
     listen: str | None,
     settings: WorkerSettings,
-    api: ApiOptions | None,
+    web_servers: Sequence[ApiOptions],
 ) -> None:
     """Run all processes of a fleet until this one is stopped."""
     default = home.keep_bundle(Path(home.config.bundle))
@@ -208,7 +217,7 @@ def _run(
         broker,
         listen=listen,
         settings=settings,
-        server_options=api.arguments() if api else (),
+        server_options=[word for each in web_servers for word in each.arguments()],
     )
     with running as processes, pool:
         for server in processes.servers:

@@ -25,18 +25,20 @@ class ApiAddress:
     port: int
 
     @classmethod
-    def parse(cls, text: str) -> ApiAddress:
-        """Parse ``HOST:PORT``; without a port it is Ollama's.
+    def parse(
+        cls, text: str, option: str = "--api", default_port: int = DEFAULT_PORT
+    ) -> ApiAddress:
+        """Parse ``HOST:PORT`` of an option; without a port it is `default_port`.
 
         Raises:
             ConfigError: it is no address.
         """
         match = ADDRESS.fullmatch(text)
-        port = int(match["port"] or DEFAULT_PORT) if match else 0
+        port = int(match["port"] or default_port) if match else 0
         if match is None or port > 65535 or (match["host"] or "").isdecimal():
             raise ConfigError(
-                f"--api {text[:80]!r}: expected HOST:PORT, such as 127.0.0.1:{DEFAULT_PORT} or "
-                f"[::1]:{DEFAULT_PORT}"
+                f"{option} {text[:80]!r}: expected HOST:PORT, such as 127.0.0.1:{default_port} or "
+                f"[::1]:{default_port}"
             )
         return cls(match["ipv6"] or match["host"], port)
 

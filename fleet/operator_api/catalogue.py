@@ -37,6 +37,16 @@ from fleet.operator_api.identity_operations import (
 )
 from fleet.operator_api.key_operations import CREATE_KEY, LIST_KEYS, REVOKE_KEY
 from fleet.operator_api.operation import Operation
+from fleet.operator_api.operator_operations import (
+    ADD_OPERATOR,
+    CREATE_OPERATOR_KEY,
+    LIST_OPERATOR_KEYS,
+    LIST_OPERATORS,
+    MAKE_OPERATOR_LINK,
+    REMOVE_OPERATOR,
+    REVOKE_OPERATOR_KEY,
+    SET_OPERATOR_ROLE,
+)
 from fleet.operator_api.settings_operations import (
     LIST_CONFIG_LAGS,
     SET_SETTINGS,
@@ -96,4 +106,12 @@ OPERATIONS: Final[tuple[Operation[Any, Any], ...]] = (
     REVOKE_KEY,
     LIST_CHANGES,
     CHECK_FLEET,
+    LIST_OPERATORS,
+    ADD_OPERATOR,
+    SET_OPERATOR_ROLE,
+    REMOVE_OPERATOR,
+    MAKE_OPERATOR_LINK,
+    LIST_OPERATOR_KEYS,
+    CREATE_OPERATOR_KEY,
+    REVOKE_OPERATOR_KEY,
 )

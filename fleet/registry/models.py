@@ -118,6 +118,36 @@ class ApiKeyRecord(Table):
     revoked_at: Mapped[Time | None]
 
 
+class OperatorRecord(Table):
+    """A person who uses the console or the API of operators; `role` is an `OperatorRole`."""
+
+    __tablename__ = "operators"
+
+    name: Mapped[Name] = mapped_column(primary_key=True)
+    role: Mapped[Name]
+    created_at: Mapped[Time]
+
+
+class OperatorSecretRecord(Table):
+    """A secret that stands for an operator: a link, a browser's session or a key.
+
+    `kind` is an `OperatorSecretKind`; `secret_hash` is the SHA-256 of the secret. A link that was
+    used stays until its end, with `used_at`, which for a session is the time of a late request.
+    """
+
+    __tablename__ = "operator_secrets"
+
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    operator: Mapped[Name] = mapped_column(
+        ForeignKey("operators.name", ondelete="CASCADE"), index=True
+    )
+    kind: Mapped[Name]
+    secret_hash: Mapped[Digest]
+    created_at: Mapped[Time]
+    expires_at: Mapped[Time | None]
+    used_at: Mapped[Time | None]
+
+
 class CertificateRecord(Table):
     """A certificate of the fleet's authority; `serial` in lower-case hex, `pem` as issued."""
 

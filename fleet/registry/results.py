@@ -132,6 +132,33 @@ class StoredKey(Struct, frozen=True):
     expires_at: float | None
 
 
+class OperatorRow(Struct, frozen=True, kw_only=True):
+    """An operator; `role` is an `OperatorRole`.
+
+    `last_seen` is the newest use of a session that is open, in seconds since 1970.
+    """
+
+    name: str
+    role: str
+    created_at: float
+    num_sessions: int
+    num_keys: int
+    last_seen: float | None
+
+
+class OperatorKeyRow(Struct, frozen=True, kw_only=True):
+    """An operator's key; a key without `expires_at` is valid until it is revoked.
+
+    Times are in seconds since 1970.
+    """
+
+    id: str
+    operator: str
+    state: str
+    created_at: float
+    expires_at: float | None
+
+
 class DeviceLabels(Struct, frozen=True):
     """The group of a device, and its tags in the form ``key=value``."""
 

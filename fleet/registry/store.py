@@ -12,6 +12,7 @@ from fleet.registry.audit import AuditLog
 from fleet.registry.database import open_database
 from fleet.registry.identities.key_repository import ApiKeyRepository
 from fleet.registry.identities.repository import IdentityRepository
+from fleet.registry.operators.repository import OperatorRepository
 from fleet.registry.rollouts.repository import RolloutRepository
 from fleet.registry.settings import DesiredStateRepository
 from fleet.registry.stats.repository import StatsRepository
@@ -30,6 +31,7 @@ class Registry:
         self.actor = actor
         self.identities = IdentityRepository(transactions, actor)
         self.api_keys = ApiKeyRepository(transactions, actor)
+        self.operators = OperatorRepository(transactions, actor)
         self.desired_state = DesiredStateRepository(transactions, actor)
         self.rollouts = RolloutRepository(transactions, actor)
         self.stats = StatsRepository(transactions, actor)

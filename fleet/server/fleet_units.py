@@ -47,7 +47,8 @@ WantedBy=timers.target
 class UnitOptions:
     """Options of `fleet systemd`.
 
-    Broker and service listen on `listen`, or on the fleet's host; `api` is that of `fleet up`.
+    Broker and service listen on `listen`, or on the fleet's host; `api` and `console` are those of
+    `fleet up`.
     """
 
     user: str
@@ -56,6 +57,12 @@ class UnitOptions:
     listen: str | None
     backups: Path
     api: ApiOptions | None = None
+    console: ApiOptions | None = None
+
+    @property
+    def web_servers(self) -> list[ApiOptions]:
+        """The options of the web servers that were chosen."""
+        return [each for each in (self.api, self.console) if each]
 
 
 def fleet_units(home: FleetHome, options: UnitOptions) -> dict[str, str]:
@@ -68,7 +75,7 @@ def fleet_units(home: FleetHome, options: UnitOptions) -> dict[str, str]:
     check_broker(options.broker)
     shares = options.broker == MOSQUITTO
     names = [worker_name(number) for number in range(1, options.num_workers + 1)]
-    if options.api:
+    if options.web_servers:
         home.identity(GATEWAY, Role.GATEWAY)  # before the broker first reads the rights
     units = {SERVER_SERVICE: _server_unit(home, options)}
     if shares:
@@ -123,16 +130,17 @@ def _server_unit(home: FleetHome, options: UnitOptions) -> ServiceUnit:
         arguments += ["--no-broker", "--mosquitto", str(home.folder / MOSQUITTO)]
     if options.listen:
         arguments += ["--listen", options.listen]
-    api = options.api
-    if api:
-        arguments += api.arguments()
+    files: list[Path] = []
+    for each in options.web_servers:
+        arguments += each.arguments()
+        files += each.files
     return ServiceUnit(
         description="CE-CoLLM fleet: server",
         command=_module("fleet.cli", *arguments),
         user=options.user,
         after=[MOSQUITTO_SERVICE] if options.broker == MOSQUITTO else ["postgresql.service"],
         writable=[home.folder],
-        readable=[*program_folders(), Path(home.config.bundle), *(api.files if api else ())],
+        readable=[*program_folders(), Path(home.config.bundle), *files],
         watchdog_s=WATCHDOG_S,
         start_s=LOAD_S,
     )

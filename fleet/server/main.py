@@ -36,6 +36,7 @@ from provisioning.authority import CertificateAuthority
 if TYPE_CHECKING:
     from fleet.http_api.api_server import ApiServer
     from fleet.monitoring.http_endpoint import HttpEndpoint
+    from fleet.server.console.console_server import ConsoleServer
     from fleet.server.gateway.api_options import ApiOptions
 
 LINK_S: Final = 5.0  # longest wait for the link to the broker before the server reports ready
@@ -57,6 +58,7 @@ class ServerOptions:
     reload: str | None = None
     metrics: tuple[str, int] | None = None
     api: ApiOptions | None = None
+    console: ApiOptions | None = None
 
 
 def run_server(home: FleetHome, options: ServerOptions) -> None:
@@ -93,7 +95,8 @@ def _start(stack: ExitStack, home: FleetHome, options: ServerOptions, stop: thre
     tls_servers = [each for each in (broker, service) if each]
     watcher = _change_watcher(home, registry, link, options, authority, tls_servers)
     api = _start_api(stack, home, registry, watcher, options.api, tls)
-    _watch_progress(collector, watcher, *tls_servers, *filter(None, [api]))
+    console = _start_console(stack, home, registry, watcher, options.console, tls)
+    _watch_progress(collector, watcher, *tls_servers, *filter(None, [api, console]))
     stack.enter_context(watcher)
     if endpoint:
         from fleet.server.metrics import FleetMonitor
@@ -106,6 +109,7 @@ def _start(stack: ExitStack, home: FleetHome, options: ServerOptions, stop: thre
     line += f", registry {home.folder}"
     line += f", service on {service.url}" if service else ""
     line += f", API on {api.url}" if api else ""
+    line += f", console on {console.url}" if console else ""
     return line + (f", metrics on {endpoint.url}" if endpoint else "")
 
 
@@ -124,6 +128,29 @@ def _start_api(
     identity = home.identity(GATEWAY, Role.GATEWAY)
     link = stack.enter_context(MqttTransport.connect(identity, wait=False))
     return start_api(stack, link, registry, watcher, options, tls)
+
+
+def _start_console(
+    stack: ExitStack,
+    home: FleetHome,
+    registry: Registry,
+    watcher: ChangeWatcher,
+    options: ApiOptions | None,
+    tls: ServerTls,
+) -> ConsoleServer | None:
+    if options is None:
+        return None
+    from fleet.server.console.console_server import start_console
+    from fleet.server.gateway.api_gateway import web_certificate
+    from fleet.server.operations.context import OperationContext
+
+    certificate = web_certificate(options, tls)
+    if certificate:
+        watcher.add(certificate.follow, periodic=True)
+    context = OperationContext(registry, home)
+    return start_console(
+        stack, options.address, context, certificate.context if certificate else None
+    )
 
 
 def _watch_progress(*loops: Collector | ChangeWatcher | ThreadedServer) -> None:

@@ -31,7 +31,7 @@ def start_api(
         ConfigError: it cannot listen, or a certificate cannot be used.
         RegistryError: the registry is not available.
     """
-    certificate = _certificate(options, tls)
+    certificate = web_certificate(options, tls)
     access = KeyAccess(registry)
     access.follow()
     backend = stack.enter_context(FleetBackend(link, access))
@@ -43,7 +43,12 @@ def start_api(
     return stack.enter_context(ApiServer(options.address, backend, context, needs_key=True))
 
 
-def _certificate(options: ApiOptions, tls: ServerTls) -> ApiCertificate | None:
+def web_certificate(options: ApiOptions, tls: ServerTls) -> ApiCertificate | None:
+    """Return the certificate of a web server; None where only this machine can connect.
+
+    Raises:
+        ConfigError: it cannot be used.
+    """
     if options.cert_file and options.key_file:
         return ApiCertificate(options.cert_file, options.key_file)
     return None if options.address.is_local else ApiCertificate(tls.cert_file, tls.key_file)

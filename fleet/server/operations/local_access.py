@@ -12,6 +12,7 @@ from fleet.server.operations.bundle_handlers import BUNDLE_HANDLERS
 from fleet.server.operations.context import Handlers, OperationContext
 from fleet.server.operations.device_handlers import DEVICE_HANDLERS
 from fleet.server.operations.identity_handlers import IDENTITY_HANDLERS
+from fleet.server.operations.operator_handlers import OPERATOR_HANDLERS
 from fleet.server.operations.settings_handlers import SETTINGS_HANDLERS
 from fleet.server.operations.software_handlers import SOFTWARE_HANDLERS
 from fleet.server.operations.stats_handlers import STATS_HANDLERS
@@ -24,6 +25,7 @@ HANDLERS: Final[Handlers] = {
     **SOFTWARE_HANDLERS,
     **IDENTITY_HANDLERS,
     **AUDIT_HANDLERS,
+    **OPERATOR_HANDLERS,
 }
 
 

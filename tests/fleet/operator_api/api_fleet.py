@@ -58,6 +58,8 @@ def _fill(registry: Registry) -> None:
     registry.identities.tag("kitchen", {"floor": "1"})
     registry.identities.enroll([Enrolment(name="newcomer")], 900.0)
     registry.api_keys.create("phone")
+    registry.operators.add("ada", OperatorRole.VIEWER)
+    registry.operators.create_key("ada", None)
     for number, device in enumerate(("kitchen", "attic")):
         status = DeviceStatus(online=True, epoch=1, bundle_id=BUNDLE, version="0.1.0", mode="auto")
         registry.stats.record_status(device, status, 1000.0 + number)

@@ -28,6 +28,7 @@ from fleet.operator_api import bundle_operations as bundles
 from fleet.operator_api import device_operations as devices
 from fleet.operator_api import identity_operations as identities
 from fleet.operator_api import key_operations as keys
+from fleet.operator_api import operator_operations as operators
 from fleet.operator_api import settings_operations as settings
 from fleet.operator_api import software_operations as software
 from fleet.operator_api import stats_operations as stats
@@ -169,6 +170,16 @@ CASES: Final = (
     Case(audit.LIST_CHANGES, audit.AuditQuery(limit=3)),
     Case(audit.LIST_CHANGES, audit.AuditQuery(subject="phone", since=1.0, after="1000")),
     Case(audit.CHECK_FLEET, NoFields()),
+    Case(operators.LIST_OPERATORS, NoFields()),
+    Case(operators.ADD_OPERATOR, operators.NewOperator(name="eve", role=OperatorRole.VIEWER)),
+    Case(
+        operators.SET_OPERATOR_ROLE, operators.NewOperator(name="ada", role=OperatorRole.OPERATOR)
+    ),
+    Case(operators.REMOVE_OPERATOR, operators.OperatorName(name="ada")),
+    Case(operators.MAKE_OPERATOR_LINK, operators.OperatorName(name="ada")),
+    Case(operators.LIST_OPERATOR_KEYS, operators.OperatorKeyQuery(operator="ada")),
+    Case(operators.CREATE_OPERATOR_KEY, operators.OperatorKeyOrder(name="ada", life_s=60.0)),
+    Case(operators.REVOKE_OPERATOR_KEY, operators.OperatorKeyName(key_id="of ada")),
 )
 
 FAILURES: Final = (
@@ -186,6 +197,12 @@ FAILURES: Final = (
         identities.EnrolmentOrder(enrolments=(Enrolment(name="kitchen"),)),
     ),
     (CredentialsError, keys.REVOKE_KEY, keys.KeyName(key_id="0" * 16)),
+    (ConfigError, operators.REMOVE_OPERATOR, operators.OperatorName(name="eve")),
+    (
+        ConfigError,
+        operators.ADD_OPERATOR,
+        operators.NewOperator(name="ada", role=OperatorRole.ADMIN),
+    ),
     (IdentityError, keys.CREATE_KEY, keys.KeyOrder(app="watch")),
     (RolloutError, bundles.SHOW_ROLLOUT, bundles.RolloutKey(rollout=99)),
     (RolloutError, bundles.RESUME_ROLLOUT, bundles.RolloutChoice()),
@@ -267,13 +284,16 @@ def test_an_operation_has_the_same_response_here_and_through_the_api(
 
 
 def response_of(access: FleetAccess, case: Case) -> msgspec.Struct:
-    """Run a case; the key of the phone is another one in each run of the tests."""
+    """Run a case; the ids of keys are other ones in each run of the tests."""
     for operation, request in case.earlier:
         access.call(operation, request)
     request = case.request
     if isinstance(request, keys.KeyName):
         (row,) = access.call(keys.LIST_KEYS, keys.KeyQuery()).keys
         request = keys.KeyName(key_id=row.id)
+    if isinstance(request, operators.OperatorKeyName):
+        (own,) = access.call(operators.LIST_OPERATOR_KEYS, operators.OperatorKeyQuery()).keys
+        request = operators.OperatorKeyName(key_id=own.id)
     response: msgspec.Struct = access.call(case.operation, request)
     return response
 

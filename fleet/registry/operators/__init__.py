@@ -1,0 +1,1 @@
+"""Operators: people who use the console, and the secrets that stand for them."""

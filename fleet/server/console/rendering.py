@@ -1,0 +1,29 @@
+"""Pages from templates: whatever comes from outside is escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from aiohttp import web
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+ENVIRONMENT = Environment(
+    loader=PackageLoader("fleet.server.console"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+ENVIRONMENT.globals["static"] = lambda name: f"/static/{name}"
+
+
+def set_static_url(static_url: Callable[[str], str]) -> None:
+    """Set the function that returns the address of a static file by its name."""
+    ENVIRONMENT.globals["static"] = static_url
+
+
+def render(template: str, status: int = 200, **values: Any) -> web.Response:
+    """Return a page."""
+    text = ENVIRONMENT.get_template(template).render(**values)
+    return web.Response(text=text, status=status, content_type="text/html")
