@@ -37,7 +37,7 @@ from fleet.operator_api.operator_operations import (
 )
 from fleet.utils.command_group import CommandGroup
 from fleet.utils.console import new_console
-from fleet.utils.printable import printable_line
+from fleet.utils.printable import print_line
 
 app = typer.Typer(
     cls=CommandGroup, no_args_is_help=True, help="Add and remove people who use the console."
@@ -113,7 +113,7 @@ def set_role(
     if as_json:
         print_json(changed)
     else:
-        print(f"{name} is {changed.role} now")
+        print_line(f"{name} is {changed.role} now")
 
 
 @app.command("remove")
@@ -142,10 +142,11 @@ def create_operator_key(
         print_json(created)
         return
     until = "it is revoked" if created.expires_at is None else format_time(created.expires_at)
-    print(
+    print_line(
         f"{name} may use this key until {until}, as FLEET_KEY or in a --key-file; it is not shown "
-        f"again:\n  {created.key}"
+        "again:"
     )
+    print_line(f"  {created.key}")
 
 
 @key_app.command("list")
@@ -175,7 +176,7 @@ def revoke_operator_key(
     if as_json:
         print_json(revoked)
     else:
-        print(f"key {revoked.id} of {revoked.operator} is revoked")
+        print_line(f"key {revoked.id} of {revoked.operator} is revoked")
 
 
 def parse_operator_role(text: str) -> OperatorRole:
@@ -193,8 +194,8 @@ def print_link(link: OperatorLink, *, as_json: bool) -> None:
         return
     hint = "" if "://" in link.link else " at the address of the console (fleet up --console)"
     until = format_time(link.expires_at)
-    print(f"{link.name} signs in with this link{hint}, once, until {until}:")
-    print(f"  {printable_line(link.link)}")
+    print_line(f"{link.name} signs in with this link{hint}, once, until {until}:")
+    print_line(f"  {link.link}")
 
 
 def _table(title: str, headers: tuple[str, ...]) -> FittedTable:

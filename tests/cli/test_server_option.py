@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Final
 
@@ -59,6 +60,8 @@ READS: Final = (
     ("audit", "--limit", "3"),
     ("identities", "--role", "device"),
     ("key", "list"),
+    ("operator", "list"),
+    ("operator", "key", "list", "ada"),
     ("config", "show", "kitchen"),
     ("config", "show", "--all"),
     ("config", "diff"),
@@ -81,6 +84,11 @@ CHANGES: Final = (
     ("disallow", "phone", "kitchen"),
     ("tag", "kitchen", "room=left", "--remove", "floor"),
     ("key", "create", "watch", "--allow", "kitchen", "--expires", "24h"),
+    ("operator", "add", "eve", "--role", "admin"),
+    ("operator", "role", "ada", "operator"),
+    ("operator", "remove", "ada"),
+    ("operator", "link", "ada"),
+    ("operator", "key", "create", "ada", "--expires", "24h"),
     ("config", "set", "kitchen", "threshold=0.5", "bundle=bbbb"),
     ("config", "unset", "--all", "threshold"),
     ("bundle", "rename", BUNDLE, "Summer"),
@@ -93,6 +101,10 @@ CHANGES: Final = (
 REFUSED_THERE: Final = (  # and here, with the same line
     ("resume", "kitchen"),
     ("key", "revoke", "0" * 16),
+    ("operator", "key", "revoke", "0" * 16),
+    ("operator", "add", "ada"),
+    ("operator", "link", "eve"),
+    ("operator", "role", "ada", "queen"),
     ("bundle", "resume"),
     ("bundle", "rollout", "bbbb", "--max-failed", "2"),
     ("device", "oven"),
@@ -110,6 +122,7 @@ NEED_THE_FOLDER: Final = (
     ("restore", "file"),
     ("prompt", "kitchen", "hi"),
     ("chat", "kitchen"),
+    ("console",),
     ("bundle", "add", "folder"),
     ("update", "add", "x.whl"),
     ("broker", "config", "--out", "x"),
@@ -159,7 +172,7 @@ def commands(group: Any = None, prefix: str = "") -> Iterator[str]:
 
 def test_every_command_is_tried_here() -> None:
     tables = (*READS, *CHANGES, *REFUSED_THERE, *NEED_THE_FOLDER, ("doctor",))
-    tried = {name for words in tables for name in (words[0], " ".join(words[:2]))}
+    tried = {name for words in tables for name in accumulate(words[:3], "{} {}".format)}
     assert set(commands()) - tried == WITHOUT_A_FLEET
 
 
