@@ -10,6 +10,7 @@ from functools import partial
 from itertools import takewhile
 from typing import Final
 
+from edge_agent.answer_tracer import AnswerTracer, TokenOrigin
 from edge_agent.engine.fair_lock import FairLock, UserLock
 from edge_agent.engine.prefix_tree import Prefix
 from edge_agent.generation.proposal_budget import ProposalBudget
@@ -120,6 +121,7 @@ class Decoder:
         constraint: TokenConstraint | None = None,
         proposer: Proposer | None = None,
         eos_token_ids: Collection[int] = (),
+        tracer: AnswerTracer | None = None,
     ) -> None:
         self.cascade = Cascade(partition, capacity, one_by_one_from)
         self.text: list[int] = []
@@ -140,6 +142,7 @@ class Decoder:
         self._eos_token_ids = eos_token_ids
         self._budget = ProposalBudget()
         self.num_steps = 0
+        self._tracer = tracer
 
     @property
     def checks_proposals(self) -> bool:
@@ -201,6 +204,7 @@ class Decoder:
             self.cascade.truncate(start)
             self.cascade.append(self.text[start:])
         is_step = start == self.cascade.num_filled(0)
+        num_filled = self.cascade.num_filled(0)
         self.cascade.append(proposals)
         choices: list[ExitChoice] = []
         text = [*self.text, *proposals] if proposals else self.text
@@ -219,7 +223,29 @@ class Decoder:
             self._measurements.step_done((time.monotonic() - started) / len(choices))
             self._measurements.chunk_done(len(proposals) + 1, self._run_s - run_s)
         self.num_steps += 1
+        if self._tracer:
+            num_run = self.cascade.num_filled(0) - num_filled
+            self._trace(self._tracer, started, num_run, proposals, choices)
         return choices
+
+    def _trace(
+        self,
+        tracer: AnswerTracer,
+        started: float,
+        num_run: int,
+        proposals: Sequence[int],
+        choices: Sequence[ExitChoice],
+    ) -> None:
+        """Record a step and the origins of the tokens that it gives."""
+        kept = 0
+        for number, choice in enumerate(choices):
+            is_proposed = number < len(proposals) and _text_token(choice) == proposals[number]
+            kept += is_proposed
+            is_replaced = choice.proposal is not None and choice.proposal.is_kept
+            layer = None if is_replaced else choice.exit_layer
+            origin = TokenOrigin(exit_layer=layer, is_proposed=is_proposed)
+            tracer.origin(len(self.text) + number, origin)
+        tracer.step(started, num_run, proposed=len(proposals), kept=kept)
 
     def _with_proposal(
         self, choice: ExitChoice, number: int, token_id: int, prefers: Prefers
@@ -297,10 +323,14 @@ class Decoder:
 
     def upload(self, num_positions: int) -> None:
         """Upload positions [0, num_positions); first run the blocks that early exits skipped."""
+        started = time.monotonic()
+        run_s = self._run_s
         self._append(num_positions)
         for block in range(self._upload_block + 1):
             self.cascade.fill(block, self._locked)
         self._offer(self._upload_block, self.text)
+        if self._tracer and self._run_s > run_s:
+            self._tracer.step(started, 0)
 
     def truncate(self, num_tokens: int) -> None:
         """Drop every token from `num_tokens` on. The caller has to rewind the cloud session."""

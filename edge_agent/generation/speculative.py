@@ -11,7 +11,7 @@ needs no verdict (ADR 0028).
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from math import prod
@@ -19,6 +19,7 @@ from typing import Final
 
 from msgspec import UNSET
 
+from edge_agent.answer_tracer import AnswerTracer, TokenOrigin
 from edge_agent.generation.acceptance_rate import AcceptanceRate
 from edge_agent.generation.combined_proposer import MAX_CHANCE
 from edge_agent.generation.decoder import (
@@ -85,6 +86,7 @@ class SpeculativeDecoder:
         measurements: Measurements,
         eos_token_ids: Collection[int],
         max_draft: int = MAX_DRAFT,
+        tracer: AnswerTracer | None = None,
     ) -> None:
         self.num_drafted = 0
         self.num_judged = 0
@@ -102,6 +104,7 @@ class SpeculativeDecoder:
         self._asked_trusting = False
         self._asked_at = 0.0
         self._has_begun = False
+        self._tracer = tracer
 
     @property
     def has_drafts(self) -> bool:
@@ -156,6 +159,8 @@ class SpeculativeDecoder:
         """
         self._cloud_session.withdraw()
         own = list(takewhile(lambda draft: draft.confidence is not None, self._drafts))
+        if self._tracer and self._drafts:
+            _trace_end(self._tracer, None, self._drafts, len(own))
         if len(own) < len(self._drafts):
             self._rewind(self._num_certain + len(own))
         self._drafts = []
@@ -210,6 +215,10 @@ class SpeculativeDecoder:
         drafts = [own]
         if not own.is_confident and self._acceptance.lookup_probability > own.chance:
             drafts = self._look_up(min(room, MAX_LOOKUP)) or drafts
+        if self._tracer and drafts[0] is not own:
+            for number in range(len(drafts)):
+                place = len(self._decoder.text) + number
+                self._tracer.origin(place, TokenOrigin(is_proposed=True))
         self._decoder.text += [draft.token_id for draft in drafts]
         return drafts
 
@@ -289,6 +298,8 @@ class SpeculativeDecoder:
         """Return the tokens that the verdict makes certain."""
         asked = self._drafts[: self._num_asked]
         self._num_asked = 0
+        if self._tracer:
+            self._trace_verdict(self._tracer, asked, response)
         tokens = []
         for i, draft in enumerate(asked[: response.accepted + 1]):
             is_accepted = i < response.accepted
@@ -309,6 +320,20 @@ class SpeculativeDecoder:
             top = top_of(response, response.accepted)
             tokens.append(GeneratedToken(response.token_id, response.logprobs[-1], CLOUD, top))
         return tokens
+
+    def _trace_verdict(
+        self, tracer: AnswerTracer, asked: Sequence[Draft], response: Verified
+    ) -> None:
+        """Record a verdict on drafts, before they become tokens."""
+        for i, draft in enumerate(asked[: response.accepted + 1]):
+            if not (self._asked_trusting and draft.is_confident):
+                place = self._num_certain + i
+                is_accepted = i < response.accepted
+                tracer.judge(place, response.request, is_accepted=is_accepted)
+        if response.token_id is None:
+            _trace_end(tracer, response.request, self._drafts[: len(asked)], len(asked))
+        else:  # it drops also what was drafted after the request
+            _trace_end(tracer, response.request, self._drafts, response.accepted)
 
     def _learn(self, draft: Draft, token_id: int | None) -> None:
         """Count the cloud's token in the place of a draft."""
@@ -335,6 +360,14 @@ class SpeculativeDecoder:
         self._decoder.truncate(num_tokens)
         self._cloud_session.rewind(num_tokens)
         self._lookup.truncate(num_tokens)
+
+
+def _trace_end(
+    tracer: AnswerTracer, request: int | None, drafts: Sequence[Draft], num_kept: int
+) -> None:
+    """Record the end of drafts, of which the first `num_kept` become tokens."""
+    token_ids = [draft.token_id for draft in drafts[num_kept:]]
+    tracer.settle(request, len(drafts), num_kept, token_ids)
 
 
 def _confident_run(drafts: Iterable[Draft]) -> list[Draft]:

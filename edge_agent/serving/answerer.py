@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 from msgspec import UNSET
 
+from edge_agent.answer_tracer import AnswerTracer
 from edge_agent.engine.fair_lock import FairLock
 from edge_agent.engine.prefix_tree import KeptCaches
 from edge_agent.engine.tokenizer import ChatTokenizer
@@ -35,6 +36,7 @@ from edge_agent.session.worker_directory import WorkerDirectory
 from fleet.bundles.manifest import Manifest
 from fleet.constraints.token_constraint import TokenConstraint
 from fleet.graphs.cascade import chunks_are_exact
+from fleet.protocol.answer_trace import ReplyTrace
 from fleet.protocol.counts import AnswerCounts
 from fleet.protocol.desired_config import AUTO
 from fleet.protocol.hidden_states import TOKENS
@@ -105,6 +107,8 @@ class Answerer:
         """Send a job's next reply, and keep it for an app that sends its request again."""
         if not job.replies:
             reply = msgspec.structs.replace(reply, generation=job.generation)
+        if job.tracer and reply.done:
+            reply = msgspec.structs.replace(reply, trace=job.tracer.end())
         payload = msgspec.json.encode(reply)
         job.replies.append(payload)
         job.send(payload)
@@ -157,6 +161,9 @@ class Answerer:
         """Generate and report one choice of the response."""
         job.begin(choice)
         is_alone = plan.applied_mode is Mode.STANDALONE or job.cancelled.is_set()
+        if job.prompt.trace:
+            num_prompt = len(plan.prompt_ids)
+            job.tracer = AnswerTracer(job.arrived_at, num_prompt, self._tokenizer.token_text)
         text = AnswerText(self._tokenizer.stream(job.prompt), job.prompt.stop)
         try:
             with nullcontext() if is_alone else self._session(job, plan):
@@ -236,6 +243,7 @@ class Answerer:
                     source=token.source,
                     confidence=_rounded_confidence(token.confidence),
                     logprobs=logprobs or None,
+                    trace=_token_trace(job, token),
                 )
                 self.reply(job, reply)
             else:
@@ -290,6 +298,7 @@ class Answerer:
             constraint=self._constraint(rules),
             proposer=CombinedProposer(self._table(job, plan), self._measurements.chunk_cost),
             eos_token_ids=plan.eos_token_ids,
+            tracer=job.tracer,
         )
         decoder.begin(prefix)
         return decoder
@@ -304,6 +313,7 @@ class Answerer:
                 measurements=self._measurements,
                 eos_token_ids=eos,
                 max_draft=plan.config.max_draft,
+                tracer=job.tracer,
             )
         job.mode_controller = ModeController(
             plan.applied_mode,
@@ -355,6 +365,7 @@ class Answerer:
             prompt_ids=plan.prompt_ids if self._uploads_ids(plan) else (),
             note=note,
             continued_worker=taken.kept.worker if taken else None,
+            tracer=job.tracer,
         )
         return job.cloud_session
 
@@ -399,6 +410,14 @@ def _report(job: Job, plan: RequestPlan, bundle_id: str, finish_reason: str) -> 
         judged=job.speculative.num_judged if job.speculative else 0,
         agreed=job.speculative.num_agreed if job.speculative else 0,
     )
+
+
+def _token_trace(job: Job, token: GeneratedToken) -> ReplyTrace | None:
+    """Return the trace of a token, if the request asks for it."""
+    if job.tracer is None:
+        return None
+    switches = job.mode_controller.switches if job.mode_controller else ()
+    return job.tracer.token(token.logprob, switches)
 
 
 def _rounded(logprob: float) -> float:

@@ -12,6 +12,7 @@ from typing import Final
 
 from msgspec.structs import replace
 
+from edge_agent.answer_tracer import AnswerTracer
 from edge_agent.generation.mode_controller import ModeController
 from edge_agent.generation.speculative import SpeculativeDecoder
 from edge_agent.serving.request_planner import RequestPlan
@@ -46,6 +47,7 @@ class Job:
     kept_session: KeptSession | None = None
     speculative: SpeculativeDecoder | None = None
     mode_controller: ModeController | None = None
+    tracer: AnswerTracer | None = None
     replies: list[bytes] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     is_resend_due: bool = False
@@ -91,6 +93,7 @@ class Job:
         self.kept_session = None
         self.speculative = None
         self.mode_controller = None
+        self.tracer = None
         self.token_ids = []
         self.logprobs = []
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import Final, Self
 
+from edge_agent.answer_tracer import AnswerTracer
 from edge_agent.measurements import Measurements
 from edge_agent.session.session_machine import OutgoingMessage, SessionMachine
 from edge_agent.session.worker_directory import WorkerDirectory
@@ -46,11 +47,13 @@ class CloudSession:
         prompt_ids: Sequence[int] = (),
         note: str | None = None,
         continued_worker: str | None = None,
+        tracer: AnswerTracer | None = None,
     ) -> None:
         self.session = opening.session
         self.bytes_up = 0
         self.bytes_down = 0
         self._transport = transport
+        self._tracer = tracer
         self._workers = workers
         self._machine = SessionMachine(
             opening,
@@ -61,6 +64,7 @@ class CloudSession:
             upload_dtype=upload_dtype,
             prompt_ids=prompt_ids,
             continued_worker=continued_worker,
+            tracer=tracer,
         )
         self._machine.note = note
         self._changed = threading.Condition()
@@ -223,6 +227,8 @@ class CloudSession:
             self._workers.log_mismatch(message)
         with self._changed:
             self.bytes_down += len(payload)
+            if self._tracer:
+                self._tracer.message(message, len(payload), time.monotonic())
             self._observe()
             self._machine.receive(message, time.monotonic())
             self._changed.notify_all()
@@ -268,10 +274,13 @@ class CloudSession:
     def _publish(self, message: OutgoingMessage) -> bool:
         """Publish the message; return whether that succeeded."""
         payload = encode(message.body)
+        sent_at = time.monotonic()  # its response may arrive before `publish` returns
         try:
             self._transport.publish(message.topic, payload, qos=message.qos)
         except LinkError as error:
             log.debug("session %s: %s", self.session, error)
             return False
         self.bytes_up += len(payload)
+        if self._tracer:
+            self._tracer.message(message.body, len(payload), sent_at)
         return True

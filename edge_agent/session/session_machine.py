@@ -30,12 +30,14 @@ from typing import Final, NamedTuple
 import msgspec
 from msgspec import UNSET
 
+from edge_agent.answer_tracer import AnswerTracer
 from edge_agent.measurements import Measurements
 from edge_agent.session.pending_verify import PendingVerify, verify_deadline_ms
 from edge_agent.session.upload_buffer import UploadBuffer
 from edge_agent.session.worker_directory import is_bundle_served
 from fleet.graphs.partition import Float32
 from fleet.protocol import topics
+from fleet.protocol.answer_trace import TraceEventKind
 from fleet.protocol.hidden_states import FLOAT16
 from fleet.protocol.messages import (
     Close,
@@ -92,6 +94,7 @@ class SessionMachine:
         upload_dtype: str = FLOAT16,
         prompt_ids: Sequence[int] = (),
         continued_worker: str | None = None,
+        tracer: AnswerTracer | None = None,
     ) -> None:
         self.session = opening.session
         self.state = LinkState.IDLE
@@ -102,6 +105,7 @@ class SessionMachine:
         self.num_verifies = 0
         self._opening = opening
         self._device = device
+        self._tracer = tracer
         self._measurements = measurements
         self._random = random
         self._upload_buffer = UploadBuffer(
@@ -260,6 +264,8 @@ class SessionMachine:
     def abandon(self, note: str) -> None:
         """End the session early: drop the pending request, and send no further requests."""
         self.note = note
+        if self._tracer:
+            self._tracer.note(TraceEventKind.LOST, note)
         self._request = None
         self.close()
 
@@ -530,6 +536,8 @@ class SessionMachine:
         if self.state not in (LinkState.OPENING, LinkState.OPEN):
             return
         self.note = note
+        if self._tracer:
+            self._tracer.note(TraceEventKind.LOST, note)
         self._measurements.session_lost()
         is_at_once = event is LinkEvent.WORKER_GONE
         wait_s = 0.0 if is_at_once else backoff_s(self._num_failed_opens, self._random())

@@ -11,6 +11,7 @@ from msgspec import Meta, Struct
 from msgspec.structs import replace
 
 from fleet.errors import PromptError
+from fleet.protocol.answer_trace import ReplyTrace
 from fleet.protocol.constraint import Constraint, Regex, ResponseFormat, make_constraint
 from fleet.protocol.counts import AnswerCounts
 from fleet.protocol.messages import ChoiceRules, Sampling
@@ -124,7 +125,8 @@ class PromptRequest(
     """A request for one response. Exactly one of `prompt` and `messages` is given.
 
     With `raw` the response continues the text of `prompt`, in which names of control tokens are
-    control tokens. `tools` and `documents` are for the chat template.
+    control tokens. `tools` and `documents` are for the chat template. With `trace` the replies have
+    a trace of the answer.
     """
 
     prompt: str | None = None
@@ -132,6 +134,7 @@ class PromptRequest(
     raw: bool = False
     tools: tuple[JsonObject, ...] | None = None
     documents: tuple[JsonObject, ...] | None = None
+    trace: bool = False
 
     @property
     def chat(self) -> tuple[ChatMessage, ...]:
@@ -232,7 +235,7 @@ class Reply(Struct, frozen=True, omit_defaults=True, kw_only=True):
     the text of all replies, in the last one; None if it is longer than `MAX_FULL_TEXT_BYTES`. The
     reply to a request without `stream` is the last one, unless its text is longer than that; it has
     the `logprobs` of all tokens, otherwise the reply with a token has its one. Several `choices`
-    have the texts and log-probabilities instead.
+    have the texts and log-probabilities instead. The `trace` is there if the request asks for it.
     """
 
     seq: int
@@ -250,6 +253,7 @@ class Reply(Struct, frozen=True, omit_defaults=True, kw_only=True):
     full_text: str | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
     choices: tuple[Choice, ...] | None = None
+    trace: ReplyTrace | None = None
 
 
 def parse_prompt(payload: bytes) -> PromptRequest:
@@ -314,6 +318,8 @@ def _check_options(request: PromptRequest) -> None:
             f"expected 'stream' false with 'n' {request.n}, got a stream; set it, or ask "
             f"{request.n} times"
         )
+    if request.trace and not request.stream:
+        raise PromptError("expected 'stream' true with 'trace', got false; leave one of them out")
     if request.top_logprobs and not request.logprobs:
         raise PromptError("expected 'logprobs' true with 'top_logprobs'; set it")
 

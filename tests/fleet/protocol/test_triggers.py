@@ -418,6 +418,7 @@ def test_a_trigger_has_all_options_of_a_prompt() -> None:
         "raw",
         "tools",
         "documents",
+        "trace",
     }
     assert set(trigger().options()) == set(AnswerOptions.__struct_fields__)
 
