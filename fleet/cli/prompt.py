@@ -61,6 +61,9 @@ TopLogprobsOption = Annotated[
         help="The same, with this number of best tokens at each position.",
     ),
 ]
+TraceOption = Annotated[
+    bool, typer.Option("--trace", help="Also print what device, link and cloud did when.")
+]
 StreamOption = Annotated[bool, typer.Option(help="Print the answer as it comes, or at its end.")]
 
 
@@ -86,6 +89,7 @@ def prompt(
     n: ChoicesOption = 1,
     logprobs: LogprobsOption = False,
     top_logprobs: TopLogprobsOption = 0,
+    trace: TraceOption = False,
     stream: StreamOption = True,
     smooth_stream: SmoothOption = False,
     folder: HomeOption = None,
@@ -114,6 +118,7 @@ def prompt(
         stream=stream and n == 1,
         response_format=read_response_format(schema),
         regex=regex,
+        trace=trace,
     )
     home = own_home(folder)
     send_prompt(home, device, request, as_json=as_json, is_smooth=smooth_stream)

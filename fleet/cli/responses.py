@@ -10,9 +10,11 @@ from rich.console import Console
 from rich.text import Text
 
 from fleet.bundles.manifest import Manifest, read_manifest
+from fleet.cli.trace_view import trace_views, traces_of
 from fleet.cli.views import logprob_tables, logprobs_of, reply_text, usage_line
 from fleet.cli.word_wrap import WordWrap
 from fleet.errors import ConfigError
+from fleet.protocol.answer_trace import ReplyTrace
 from fleet.protocol.modes import exit_source
 from fleet.protocol.prompt import (
     Choice,
@@ -31,7 +33,7 @@ from fleet.transport.smooth_stream import paced
 class PromptResult(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One response of `fleet demo` or `fleet prompt`; `choices` if there are several.
 
-    `logprobs` has each token of the response, if the request asks for them.
+    `logprobs` has each token of the response, and `trace` each reply, if the request asks for them.
     """
 
     prompt: str
@@ -53,6 +55,7 @@ class PromptResult(Struct, frozen=True, kw_only=True, omit_defaults=True):
     sampling: SamplingOptions | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
     choices: tuple[Choice, ...] | None = None
+    trace: tuple[ReplyTrace, ...] | None = None
 
 
 def stream_response(
@@ -74,6 +77,8 @@ def stream_response(
     replies = list(arriving)
     for table in logprob_tables(replies):
         console.print(table)
+    for view in trace_views(traces_of(replies)):
+        console.print(view)
     usage, line = print_usage(console, device, replies[-1])
     if picture:
         response = Text().join(reply_text(reply, exits) for reply in replies)
@@ -143,6 +148,7 @@ def _result(request: PromptRequest, replies: Sequence[Reply], usage: Usage) -> P
         sampling=usage.sampling,
         logprobs=logprobs_of(replies) or None,
         choices=replies[-1].choices,
+        trace=traces_of(replies) or None,
     )
 
 

@@ -160,9 +160,11 @@ def test_an_operator_prompts_and_sees_the_counts(home: Path) -> None:
     where = ("--home", str(home))
     before = fleet_json("stats", "gateway", *where)
     out = fleet_json(
-        "prompt", "gateway", "hello", "--threshold", "1", "--max-new-tokens", "5", *where
+        "prompt", "gateway", "hello", "--threshold", "1", "--max-new-tokens", "5", "--trace", *where
     )
     (result,) = out["results"]
+    events = [event for trace in result.pop("trace") for event in trace["events"]]
+    assert sum(each["kind"] == "verdict" for each in events) == result["round_trips"]
     assert set(result["sources"]) == {"cloud"}
     assert set(result) == {
         "prompt",
