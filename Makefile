@@ -29,6 +29,7 @@ test-parts: $(INSTALLED)
 	@scripts/install_mosquitto.sh
 	@scripts/install_postgresql.sh
 	@scripts/install_systemd.sh
+	@scripts/install_chromium.sh
 	@echo "==> the default model's bundle: fetched and built if it is missing"
 	@$(BIN)/python -c "from onnx_export.default_bundle import default_bundle; print(default_bundle(print))"
 
