@@ -174,7 +174,7 @@ def registry_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
         yield f"sqlite:///{path}"
         return
     databases: Databases = request.getfixturevalue("filled_postgresql")
-    with databases.database(template=FILLED) as url:
+    with databases.registry(FILLED) as url:
         yield url
 
 
