@@ -252,13 +252,15 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = WAIT
     """Poll ``condition()``; the test fails when it stays false.
 
     A poll counts for `MAX_POLL_S` at most, so the time in which a busy machine stalls is no wait.
+    The condition takes about a tenth of the time: some conditions are large queries.
     """
     waited_s = 0.0
     polled_at = time.monotonic()
     while not condition():
         if waited_s > timeout_s:
             pytest.fail(f"waited {timeout_s} s in vain until {what}")
-        time.sleep(POLL_S)
+        cost_s = time.monotonic() - polled_at
+        time.sleep(min(max(POLL_S, 9 * cost_s), MAX_POLL_S))
         now = time.monotonic()
         waited_s += min(now - polled_at, MAX_POLL_S)
         polled_at = now
