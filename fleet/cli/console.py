@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import sys
 import webbrowser
 from pathlib import Path
 from typing import Annotated, Final
@@ -43,9 +45,18 @@ def console(
     home = own_home(folder)
     check_console(home.folder)
     with fleet_access(folder) as access:
-        link = _owner_link(access)
-    print_link(link, as_json=as_json)
+        link = owner_link(access)
     if open_browser and not as_json:
+        open_link(link)
+    else:
+        print_link(link, as_json=as_json)
+
+
+def open_link(link: OperatorLink) -> None:
+    """Print a link, and open it in a browser if this machine has a screen."""
+    print_link(link, as_json=False)
+    sys.stdout.flush()
+    if sys.platform != "linux" or os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}:
         webbrowser.open(link.link)
 
 
@@ -75,7 +86,7 @@ def check_console(folder: Path) -> None:
         ) from None
 
 
-def _owner_link(access: FleetAccess) -> OperatorLink:
+def owner_link(access: FleetAccess) -> OperatorLink:
     """Return a link for the owner of the folder, who becomes an admin at the first time."""
     known = access.call(LIST_OPERATORS, NoFields()).operators
     if any(row.name == OWNER for row in known):

@@ -6,8 +6,9 @@ import io
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -16,8 +17,11 @@ from msgspec.structs import replace
 from rich.console import Console, RenderableType
 
 from fleet.bundles.manifest import PromptFormat, read_manifest
+from fleet.cli.access import fleet_access
+from fleet.cli.console import open_link, owner_link
 from fleet.cli.options import (
     BundleOption,
+    ConsoleOption,
     JsonOption,
     ModeOption,
     SeedOption,
@@ -38,11 +42,12 @@ from fleet.protocol.modes import exit_source
 from fleet.protocol.prompt import PromptRequest
 from fleet.registry.results import StatsRow
 from fleet.server.child_process import child
-from fleet.server.home import FleetConfig, FleetHome
+from fleet.server.gateway.api_options import ApiOptions
+from fleet.server.home import GATEWAY, FleetConfig, FleetHome
 from fleet.server.supervisor import fleet_processes, resolve_bundle
 from fleet.transport.mqtt import MqttTransport
 from fleet.transport.prompt_client import PromptClient
-from fleet.utils.cli_runtime import check_writable
+from fleet.utils.cli_runtime import check_writable, stop_event, wait_stopped
 from fleet.utils.console import new_console, outside_text
 from fleet.utils.host_address import free_port
 from fleet.utils.optional_imports import require
@@ -90,10 +95,17 @@ def demo(
     seed: SeedOption = 0,
     bundle: BundleOption = None,
     picture: PictureOption = None,
+    console: ConsoleOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Run the whole system on this machine, with answers to a few prompts."""
+    """Run the whole system on this machine, with answers to a few prompts.
+
+    With --console it goes on until Ctrl-C, and a browser shows the fleet.
+    """
     check_writable(picture=picture)
+    if console and as_json:
+        raise ConfigError("--console and --json exclude each other; give one of them")
+    web_server = ApiOptions.of_console(console, None, None)
     if picture and picture.suffix.lower() != ".svg":
         raise ConfigError(f"--picture {picture}: expected a file named *.svg")
     texts = [*(prompt or ()), *(read_prompts(prompts) if prompts else ())]
@@ -115,9 +127,8 @@ def demo(
         pairs = zip(requests, default_prompts(folder), strict=True)
         requests = [replace(request, prompt=text) for request, text in pairs]
     screen = Screen(as_json=as_json, has_picture=picture is not None)
-    run_demo(folder, requests, screen, as_json=as_json)
-    if picture:
-        screen.save_picture(picture)
+    save_picture = partial(screen.save_picture, picture) if picture else None
+    run_demo(folder, requests, screen, web_server, as_json=as_json, then=save_picture)
 
 
 def default_prompts(bundle: Path) -> tuple[str, ...]:
@@ -147,9 +158,17 @@ class Screen:
 
 
 def run_demo(
-    bundle: Path, requests: Sequence[PromptRequest], screen: Screen, *, as_json: bool
+    bundle: Path,
+    requests: Sequence[PromptRequest],
+    screen: Screen,
+    web_server: ApiOptions | None = None,
+    *,
+    as_json: bool,
+    then: Callable[[], None] | None = None,
 ) -> None:
     """Send every prompt to one device, then print the counts of the registry.
+
+    `then` is called after that. With the options of a console, the fleet runs until it is stopped.
 
     Raises:
         RegistryError: the counts of the registry do not become those of the responses.
@@ -158,15 +177,27 @@ def run_demo(
     exits = [exit_source(layer) for layer in manifest.exits]
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fleet-demo-"))
-        fleet = running_fleet(bundle, Path(folder), screen.console)
+        fleet = running_fleet(bundle, Path(folder), screen.console, web_server)
         home, transport = stack.enter_context(fleet)
         results = _send_all(screen, PromptClient(transport), requests, exits)
         rows = await_counts(home, results)
-    screen.print()
-    if as_json:
-        print_json({"bundle_id": manifest.bundle_id, "results": results, "stats": rows})
-    else:
-        screen.print(stats_table(rows, "what the registry counted"))
+        screen.print()
+        if as_json:
+            print_json({"bundle_id": manifest.bundle_id, "results": results, "stats": rows})
+        else:
+            screen.print(stats_table(rows, "what the registry counted"))
+        if then:
+            then()
+        if web_server:
+            _show_console(home)
+
+
+def _show_console(home: FleetHome) -> None:
+    """Open the console in a browser, and wait for SIGINT or SIGTERM."""
+    with fleet_access(home.folder) as access:
+        open_link(owner_link(access))
+    print("the fleet runs until Ctrl-C", flush=True)
+    wait_stopped(stop_event())
 
 
 def _send_all(
@@ -186,9 +217,11 @@ def _send_all(
 
 @contextmanager
 def running_fleet(
-    bundle: Path, folder: Path, console: Console
+    bundle: Path, folder: Path, console: Console, web_server: ApiOptions | None = None
 ) -> Iterator[tuple[FleetHome, MqttTransport]]:
     """Run server, worker and one device, ready when the block begins; an app's connection.
+
+    `web_server` are the options of the console.
 
     Each process is reported when it starts and when it is ready.
     """
@@ -201,8 +234,12 @@ def running_fleet(
     device = folder / "devices" / DEVICE
     home.enroll(DEVICE, Role.DEVICE, device)
     app = home.enroll(APP, Role.APP, folder / "apps" / APP, allow=(DEVICE,))
+    server_options: list[str] = []
+    if web_server:
+        home.identity(GATEWAY, Role.GATEWAY)  # before the broker starts and reads its rights
+        server_options = web_server.arguments()
     with ExitStack() as stack:
-        processes = stack.enter_context(fleet_processes(home))
+        processes = stack.enter_context(fleet_processes(home, server_options=server_options))
         for server in processes.servers:
             console.print(outside_text(server.ready_line, "dim"))
         console.print(outside_text("starting a worker and a device ...", "dim"))
