@@ -141,6 +141,7 @@ def _start_console(
     if options is None:
         return None
     from fleet.server.console.console_server import start_console
+    from fleet.server.console.pages.page_routes import page_routes
     from fleet.server.gateway.api_gateway import web_certificate
     from fleet.server.operations.context import OperationContext
 
@@ -148,9 +149,8 @@ def _start_console(
     if certificate:
         watcher.add(certificate.follow, periodic=True)
     context = OperationContext(registry, home)
-    return start_console(
-        stack, options.address, context, certificate.context if certificate else None
-    )
+    context_of_tls = certificate.context if certificate else None
+    return start_console(stack, options.address, context, context_of_tls, [page_routes])
 
 
 def _watch_progress(*loops: Collector | ChangeWatcher | ThreadedServer) -> None:

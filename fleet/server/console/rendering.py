@@ -1,14 +1,16 @@
-"""Pages from templates: whatever comes from outside is escaped."""
+"""Pages from templates: text from outside is escaped."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from aiohttp import web
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-ENVIRONMENT = Environment(
+from fleet.server.console import drawings, formatting
+
+ENVIRONMENT: Final = Environment(
     loader=PackageLoader("fleet.server.console"),
     autoescape=True,
     undefined=StrictUndefined,
@@ -16,6 +18,19 @@ ENVIRONMENT = Environment(
     lstrip_blocks=True,
 )
 ENVIRONMENT.globals["static"] = lambda name: f"/static/{name}"
+ENVIRONMENT.globals["source_class"] = formatting.source_class
+ENVIRONMENT.globals["exits_in_order"] = formatting.exits_in_order
+ENVIRONMENT.filters.update(
+    age=formatting.age,
+    bytes=formatting.num_bytes,
+    moment=formatting.moment,
+    ms=formatting.milliseconds,
+    number=formatting.number,
+    percent=formatting.percent,
+    short=formatting.shortened,
+    source_bar=drawings.source_picture,
+    sparkline=drawings.sparkline,
+)
 
 
 def set_static_url(static_url: Callable[[str], str]) -> None:

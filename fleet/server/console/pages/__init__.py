@@ -1,0 +1,1 @@
+"""The pages of the console, drawn from the operations of operators."""
