@@ -72,7 +72,7 @@ class HttpConnection(web.RequestHandler):
 
     def refusal(self, status: int) -> web.Response:
         """Make the response with a status; subclasses override it."""
-        return web.Response(status=status)
+        return web.Response(status=status, headers={"Server": "fleet"})
 
     def log_exception(self, *_: Any, exc_info: object = None, **__: Any) -> None:
         """Log what ended the connection, such as a body that cannot be decompressed."""

@@ -8,6 +8,7 @@ import pytest
 from playwright.sync_api import Browser
 
 from tests.console.browser import running_browser
+from tests.console.console_site import ConsoleSite, console_site
 
 
 @pytest.fixture(scope="module")
@@ -15,3 +16,10 @@ def browser() -> Iterator[Browser]:
     """Chromium without a window."""
     with running_browser() as browser:
         yield browser
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ConsoleSite]:
+    """A console without devices that run."""
+    with console_site(tmp_path_factory.mktemp("site")) as site:
+        yield site

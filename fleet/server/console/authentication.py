@@ -41,9 +41,10 @@ class Authentication:
     """
 
     def __init__(
-        self, operators: OperatorRepository, calls: BlockingCalls, *, has_tls: bool
+        self, operators: OperatorRepository, calls: BlockingCalls, *, port: int, has_tls: bool
     ) -> None:
-        self.cookie = "__Host-fleet_session" if has_tls else "fleet_session"
+        # Browsers send cookies to every port of a host, where other consoles may be.
+        self.cookie = f"{'__Host-' if has_tls else ''}fleet_session_{port}"
         self.has_tls = has_tls
         self._operators = operators
         self._calls = calls
@@ -56,18 +57,18 @@ class Authentication:
         Raises:
             CredentialsError: there is no session and no key, or it has ended.
             AccessError: a page of another site sends the request.
-            BusyError: this address has sent too many wrong secrets.
+            BusyError: the secret is wrong, and this address has sent too many wrong ones.
         """
-        if request.method not in SAFE_METHODS and "Authorization" not in request.headers:
+        key = _key_of(request)
+        if request.method not in SAFE_METHODS and key is None:
             check_same_site(request)
         if request.path not in PUBLIC and not request.path.startswith(static_files.PREFIX + "/"):
-            request[OPERATOR] = await self._operator_of(request)
+            request[OPERATOR] = await self._operator_of(request, key)
         return await handler(request)
 
-    async def _operator_of(self, request: web.Request) -> SignedInOperator:
-        key = BEARER.fullmatch(request.headers.get("Authorization", ""))
-        if key and request.path.startswith(PREFIX):
-            return await self.check(request, OperatorSecretKind.KEY, key[1])
+    async def _operator_of(self, request: web.Request, key: str | None) -> SignedInOperator:
+        if key is not None:
+            return await self.check(request, OperatorSecretKind.KEY, key)
         session = request.cookies.get(self.cookie)
         if session is None:
             raise CredentialsError(NO_SESSION)
@@ -81,15 +82,30 @@ class Authentication:
         return SignedInOperator(known.name, OperatorRole(known.role))
 
     async def guarded(self, request: web.Request, check: Callable[[], Checked]) -> Checked:
-        """Return what `check` returns; count its failures for the address of the client."""
-        peer = peer_key(request.remote or "0.0.0.0")
-        if wait_s := self._failures.wait_s(peer):
-            raise BusyError(
-                f"too many wrong links, sessions or keys from this address; try in {wait_s:.0f} s"
-            )
-        checked = await self._calls.run(check)
-        self._failures.refund(peer)
-        return checked
+        """Return what `check` returns.
+
+        Right secrets always count: the others behind a proxy have the same address.
+
+        Raises:
+            CredentialsError: the secret is wrong.
+            BusyError: it is, and this address has sent too many wrong ones.
+        """
+        try:
+            return await self._calls.run(check)
+        except CredentialsError:
+            peer = peer_key(request.remote or "0.0.0.0")
+            if wait_s := self._failures.wait_s(peer):
+                raise BusyError(
+                    "too many wrong links, sessions or keys from this address; try in "
+                    f"{wait_s:.0f} s"
+                ) from None
+            raise
+
+
+def _key_of(request: web.Request) -> str | None:
+    """Return the key that a program sends; no browser sends one by itself."""
+    match = BEARER.fullmatch(request.headers.get("Authorization", ""))
+    return match[1] if match and request.path.startswith(PREFIX + "/") else None
 
 
 def check_same_site(request: web.Request) -> None:

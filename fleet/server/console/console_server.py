@@ -58,7 +58,9 @@ class ConsoleServer(HttpServer):
 
     def _application(self) -> web.Application:
         operators = self._context.registry.operators
-        authentication = Authentication(operators, self._calls, has_tls=self._tls is not None)
+        authentication = Authentication(
+            operators, self._calls, port=self.port, has_tls=self._tls is not None
+        )
         files = StaticFiles()
         set_static_url(files.url)
         app = web.Application(middlewares=[errors_to_pages, authentication.authenticate])
