@@ -12,13 +12,16 @@ from urllib.parse import urlsplit
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, Request, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, Request, sync_playwright
 
 WAIT_MS: Final = 120_000.0
 HEIGHT: Final = 900
 WIDTHS: Final = (390, 1280)
 Scheme = Literal["light", "dark"]
 SCHEMES: Final[tuple[Scheme, ...]] = ("light", "dark")
+LOOKS: Final = [(scheme, width) for scheme in SCHEMES for width in WIDTHS]
+"""Each colour scheme with each width of the window."""
+
 LOCAL_SCHEMES: Final = ("data", "blob", "about")
 
 
@@ -78,10 +81,9 @@ class Visitor:
         self.context.on("request", self._on_request)
         self.page = self.context.new_page()
 
-    def _on_console(self, message: object) -> None:
-        kind, text = getattr(message, "type", ""), getattr(message, "text", "")
-        if kind in ("error", "warning"):
-            self.problems.append(f"console: {text}")
+    def _on_console(self, message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning"):
+            self.problems.append(f"console: {message.text} ({message.location['url']})")
 
     def _on_request(self, request: Request) -> None:
         self.requests.append(request)
@@ -118,3 +120,15 @@ def serious_flaws(page: Page) -> list[str]:
 def is_wider_than_window(page: Page) -> bool:
     """Whether a reader must scroll sideways."""
     return bool(page.evaluate("document.documentElement.scrollWidth > window.innerWidth"))
+
+
+def internal_paths(page: Page) -> set[str]:
+    """Return the paths, with their queries, of the links of a page that lead into the console."""
+    addresses: list[str] = page.eval_on_selector_all("a[href]", "links => links.map(a => a.href)")
+    parts = [urlsplit(address) for address in addresses]
+    here = urlsplit(page.url)
+    return {
+        f"{each.path}?{each.query}" if each.query else each.path
+        for each in parts
+        if (each.scheme, each.netloc) == (here.scheme, here.netloc)
+    }
