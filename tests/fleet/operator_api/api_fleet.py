@@ -116,7 +116,7 @@ class ApiOfTests(ThreadedServer):
         return RemoteAccess(self.url, KEYS[role])
 
     async def _serve_on(self, listener: socket.socket) -> None:
-        app = web.Application(middlewares=[_authenticate])
+        app = web.Application(middlewares=[authenticate])
         app.router.add_routes(self._api.routes())
         runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=STOP_S / 2)
         await runner.setup()
@@ -127,7 +127,7 @@ class ApiOfTests(ThreadedServer):
 
 
 @web.middleware
-async def _authenticate(request: web.Request, handler: Handler) -> web.StreamResponse:
+async def authenticate(request: web.Request, handler: Handler) -> web.StreamResponse:
     key = request.headers.get("Authorization", "").removeprefix("Bearer ")
     roles = [role for role, each in KEYS.items() if each == key]
     if not roles:
