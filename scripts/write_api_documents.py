@@ -37,7 +37,8 @@ from fleet.protocol.report import (
     WorkerStatus,
 )
 from fleet.protocol.types import Id
-from fleet.server.console.api_errors import STATUS, ApiProblemBody
+from fleet.server.console.api_errors import STATUS, ApiProblem, ApiProblemBody
+from fleet.server.console.prompt_stream import PATH, PROMPT_DEVICE
 from fleet.version import __version__
 
 DOCS: Final = Path(__file__).resolve().parent.parent / "docs"
@@ -326,11 +327,13 @@ DOCUMENT_OF_OPERATORS: Final = info(
 def operator_api_document() -> dict[str, Any]:
     """Return the description of the API of operators in the form of OpenAPI 3.1."""
     kinds = {each.request for each in OPERATIONS} | {each.response for each in OPERATIONS}
-    schemas = component_schemas(sorted(kinds | {ApiProblemBody}, key=lambda kind: kind.__name__))
+    kinds |= {ApiProblemBody, ApiProblem, PromptRequest, Reply}
+    schemas = component_schemas(sorted(kinds, key=lambda kind: kind.__name__))
     paths: dict[str, dict[str, Any]] = {}
     for each in OPERATIONS:
         item = paths.setdefault(PREFIX + each.path, {})
         item[each.method.lower()] = operator_operation(each, schemas[each.request.__name__])
+    paths[PREFIX + PATH] = {"post": prompt_operation()}
     requests = {each.request.__name__ for each in OPERATIONS}
     return {
         "openapi": "3.1.0",
@@ -341,6 +344,34 @@ def operator_api_document() -> dict[str, Any]:
         "components": {
             "schemas": {name: each for name, each in schemas.items() if name not in requests},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+
+
+def prompt_operation() -> dict[str, Any]:
+    """Return the operation whose response is a stream."""
+    events = {
+        "type": "string",
+        "description": "Events `reply`, whose data is a `Reply` with its `trace`, and at most one "
+        "event `problem`, whose data is an `ApiProblem`. Lines that begin with a colon mean nothing.",
+    }
+    problem = {"description": "An error.", "content": {JSON: {"schema": schema_of(ApiProblemBody)}}}
+    return {
+        "operationId": "post_devices_device_prompts",
+        "summary": PROMPT_DEVICE.summary,
+        "description": f"Needs the role {PROMPT_DEVICE.role}. Closing the connection ends the "
+        "answer. Neither the prompt nor the answer is stored at the server.",
+        "tags": ["devices"],
+        "parameters": [
+            {"name": "device", "in": "path", "required": True, "schema": {"type": "string"}}
+        ],
+        "requestBody": {
+            "required": True,
+            "content": {JSON: {"schema": schema_of(PROMPT_DEVICE.request)}},
+        },
+        "responses": {
+            "200": {"description": "The stream.", "content": {EVENT_STREAM: {"schema": events}}},
+            "default": problem,
         },
     }
 

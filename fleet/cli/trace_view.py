@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from rich.text import Text
 
 from fleet.cli.fitted_table import FittedTable
-from fleet.protocol.answer_trace import ReplyTrace, TraceEvent, TraceEventKind
+from fleet.protocol.answer_trace import (
+    ReplyTrace,
+    RoundTrip,
+    TraceEvent,
+    TraceEventKind,
+    round_trips_of,
+)
 from fleet.protocol.prompt import Reply
 from fleet.utils.console import outside_text
 
@@ -19,48 +24,9 @@ ARRIVED: Final = (TraceEventKind.OPENED, TraceEventKind.VERDICT, TraceEventKind.
 NOTES: Final = (TraceEventKind.MODE, TraceEventKind.LOST, TraceEventKind.REFUSED)
 
 
-@dataclass(frozen=True, kw_only=True)
-class RoundTrip:
-    """A verify request and its verdict, which is None if none came. Times in milliseconds."""
-
-    verify: TraceEvent
-    verdict: TraceEvent | None
-    dropped: tuple[str, ...]
-
-    @property
-    def ms(self) -> float | None:
-        return self.verdict.at_ms - self.verify.at_ms if self.verdict else None
-
-    @property
-    def cloud_start_ms(self) -> float:
-        """The time at which the worker began, if both ways of the link take equally long."""
-        if self.verdict is None:
-            return self.verify.at_ms
-        return max(
-            self.verify.at_ms, (self.verify.at_ms + self.verdict.at_ms - self.verdict.ms) / 2
-        )
-
-
 def traces_of(replies: Iterable[Reply]) -> tuple[ReplyTrace, ...]:
     """Return the traces of a response."""
     return tuple(reply.trace for reply in replies if reply.trace)
-
-
-def round_trips_of(events: Sequence[TraceEvent]) -> list[RoundTrip]:
-    """Return the verify requests in order of time, a repeated one once."""
-    verdicts = {event.request: event for event in _of_kind(events, TraceEventKind.VERDICT)}
-    settled = {event.request: event for event in _of_kind(events, TraceEventKind.SETTLE)}
-    first: dict[int | None, TraceEvent] = {}
-    for event in _of_kind(events, TraceEventKind.VERIFY):
-        first.setdefault(event.request, event)
-    return [
-        RoundTrip(
-            verify=verify,
-            verdict=verdicts.get(request),
-            dropped=settled[request].dropped if request in settled else (),
-        )
-        for request, verify in first.items()
-    ]
 
 
 def trace_views(traces: Sequence[ReplyTrace]) -> Iterator[Text | FittedTable]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Annotated, Final, Literal, TypeAlias
 
@@ -83,3 +84,42 @@ class ReplyTrace(Struct, frozen=True, omit_defaults=True, kw_only=True):
     request: Amount | None = None
     events: Annotated[tuple[TraceEvent, ...], Meta(max_length=MAX_EVENTS)] = ()
     omitted: Amount = 0
+
+
+class RoundTrip(Struct, frozen=True, kw_only=True):
+    """A verify request and its verdict, which is None if none came. Times in milliseconds."""
+
+    verify: TraceEvent
+    verdict: TraceEvent | None
+    dropped: tuple[str, ...]
+
+    @property
+    def ms(self) -> float | None:
+        return self.verdict.at_ms - self.verify.at_ms if self.verdict else None
+
+    @property
+    def cloud_start_ms(self) -> float:
+        """The time at which the worker began, if both ways of the link take equally long."""
+        if self.verdict is None:
+            return self.verify.at_ms
+        return max(
+            self.verify.at_ms, (self.verify.at_ms + self.verdict.at_ms - self.verdict.ms) / 2
+        )
+
+
+def round_trips_of(events: Sequence[TraceEvent]) -> list[RoundTrip]:
+    """Return the verify requests in order of time, a repeated one once."""
+    verdicts = {event.request: event for event in events if event.kind is TraceEventKind.VERDICT}
+    settled = {event.request: event for event in events if event.kind is TraceEventKind.SETTLE}
+    first: dict[int | None, TraceEvent] = {}
+    for event in sorted(events, key=lambda event: event.at_ms):
+        if event.kind is TraceEventKind.VERIFY:
+            first.setdefault(event.request, event)
+    return [
+        RoundTrip(
+            verify=verify,
+            verdict=verdicts.get(request),
+            dropped=settled[request].dropped if request in settled else (),
+        )
+        for request, verify in first.items()
+    ]

@@ -57,6 +57,7 @@ PASSPHRASE: Final = "FLEET_CA_PASSPHRASE"
 MAX_PASSPHRASE_BYTES: Final = 1023  # the limit of OpenSSL
 COLLECTOR: Final = "collector"
 GATEWAY: Final = "http-api"  # sends the prompts of the HTTP API
+CONSOLE_GATEWAY: Final = "console-gateway"  # sends the prompts of operators
 EMBEDDED: Final = "embedded"  # the brokers that `fleet up` starts
 MOSQUITTO: Final = "mosquitto"
 WORKER: Final = "worker-1"  # the first worker that `fleet up` starts
@@ -537,7 +538,7 @@ def own_role(name: str) -> Role | None:
     """The role of a name that the fleet uses for its own identities; None for other names."""
     if name == COLLECTOR or is_operator(name):
         return Role.SERVER
-    if name == GATEWAY:
+    if name in (GATEWAY, CONSOLE_GATEWAY):
         return Role.GATEWAY
     return Role.WORKER if re.fullmatch(r"worker-\d+", name) else None
 

@@ -19,7 +19,7 @@ from fleet.server.change_watcher import ChangeWatcher
 from fleet.server.collector import Collector
 from fleet.server.config_publisher import ConfigPublisher
 from fleet.server.denylist_publisher import DenylistPublisher
-from fleet.server.home import COLLECTOR, GATEWAY, FleetHome
+from fleet.server.home import COLLECTOR, CONSOLE_GATEWAY, GATEWAY, FleetHome
 from fleet.server.mosquitto import make_sync, reload_by
 from fleet.server.report_admission import ReportRules
 from fleet.server.retained_cleaner import RetainedCleaner
@@ -142,6 +142,7 @@ def _start_console(
         return None
     from fleet.server.console.console_server import start_console
     from fleet.server.console.pages.page_routes import page_routes
+    from fleet.server.console.playground import Playground
     from fleet.server.gateway.api_gateway import web_certificate
     from fleet.server.operations.context import OperationContext
 
@@ -151,6 +152,11 @@ def _start_console(
     context = OperationContext(registry, home)
     context_of_tls = certificate.context if certificate else None
     return start_console(stack, options.address, context, context_of_tls, [page_routes])
+    identity = home.identity(CONSOLE_GATEWAY, Role.GATEWAY)
+    link = stack.enter_context(MqttTransport.connect(identity, wait=False))
+    playground = stack.enter_context(Playground(link))
+    web_tls = certificate.context if certificate else None
+    return start_console(stack, options.address, context, web_tls, [playground.routes])
 
 
 def _watch_progress(*loops: Collector | ChangeWatcher | ThreadedServer) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 
-from fleet.cli.trace_view import round_trips_of, trace_views, traces_of
-from fleet.protocol.answer_trace import ReplyTrace, TraceEvent, TraceEventKind
+from fleet.cli.trace_view import trace_views, traces_of
+from fleet.protocol.answer_trace import ReplyTrace, TraceEvent, TraceEventKind, round_trips_of
 from fleet.protocol.prompt import Reply
 from fleet.utils.console import new_console
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, Final
 
@@ -27,6 +28,11 @@ OPERATOR: Final[Any] = getattr(web, "RequestKey", lambda name, _: name)(
 
 aiohttp has keys of this kind since 3.14, and warns of a text; before, a key is a text.
 """
+
+SIGN_IN_CHECK: Final[Any] = getattr(web, "RequestKey", lambda name, _: name)(
+    "sign_in_check", Callable[[], Awaitable[SignedInOperator]]
+)
+"""The key under which it has put a function that authenticates the request again."""
 
 
 class OperatorApi:

@@ -15,7 +15,7 @@ from fleet.operator_api.operation import PREFIX, OperatorRole, SignedInOperator
 from fleet.registry.operators.operator_secret import OperatorSecretKind
 from fleet.registry.operators.repository import OperatorRepository
 from fleet.server.console import static_files
-from fleet.server.console.api_routes import OPERATOR
+from fleet.server.console.api_routes import OPERATOR, SIGN_IN_CHECK
 from fleet.server.console.blocking_calls import BlockingCalls
 from provisioning.rate_limit import RateLimit, peer_key
 
@@ -64,6 +64,7 @@ class Authentication:
             check_same_site(request)
         if request.path not in PUBLIC and not request.path.startswith(static_files.PREFIX + "/"):
             request[OPERATOR] = await self._operator_of(request, key)
+            request[SIGN_IN_CHECK] = partial(self._operator_of, request, key)
         return await handler(request)
 
     async def _operator_of(self, request: web.Request, key: str | None) -> SignedInOperator:

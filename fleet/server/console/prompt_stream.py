@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 import msgspec
 from aiohttp import web
 from msgspec import Struct
 
-from fleet.errors import CredentialsError, DecodeError, FleetError, PromptError
+from fleet.errors import BusyError, DecodeError, FleetError, PromptError, RegistryError
 from fleet.http_api.request_body import read_whole_body
 from fleet.operator_api.operation import PREFIX, Operation, OperatorRole, SignedInOperator
 from fleet.protocol.prompt import MAX_PROMPT_BYTES, PromptRequest, Reply, prompt_of_fields
 from fleet.server.console.api_errors import JSON, ApiProblem, problem_response
-from fleet.server.console.api_routes import OPERATOR, check_role
+from fleet.server.console.api_routes import OPERATOR, SIGN_IN_CHECK, check_role
 from fleet.server.console.operator_prompts import OperatorPrompts
 from fleet.transport.async_prompt_client import AsyncReplyStream
 from fleet.utils.json_text import parse_json
@@ -35,8 +34,6 @@ STREAM_HEADERS: Final = {
 }
 STILL_ALIVE: Final = b": waiting\n\n"
 
-SignInCheck: TypeAlias = Callable[[web.Request], Awaitable[bool]]
-
 
 PROMPT_DEVICE: Final[Operation[Any, Any]] = Operation(
     method="POST",
@@ -49,26 +46,15 @@ PROMPT_DEVICE: Final[Operation[Any, Any]] = Operation(
 """It is not in the catalogue, because its response is a stream."""
 
 
-async def stays_signed_in(_: web.Request) -> bool:
-    """Return True: the sign-in of a request does not end."""
-    return True
-
-
 class PromptStream:
     """The route of operators' prompts.
 
-    An earlier middleware has authenticated the request. `is_signed_in` returns whether its operator
-    still is; an answer ends with the sign-in.
+    An earlier middleware has authenticated the request. An answer ends with the sign-in of its
+    operator.
     """
 
-    def __init__(
-        self,
-        prompts: OperatorPrompts,
-        is_signed_in: SignInCheck = stays_signed_in,
-        check_s: float = CHECK_S,
-    ) -> None:
+    def __init__(self, prompts: OperatorPrompts, check_s: float = CHECK_S) -> None:
         self._prompts = prompts
-        self._is_signed_in = is_signed_in
         self._check_s = check_s
 
     def routes(self) -> list[web.RouteDef]:
@@ -111,11 +97,14 @@ class PromptStream:
         self, request: web.Request, response: web.StreamResponse, stream: AsyncReplyStream
     ) -> None:
         """Show that a quiet stream lives, and end it with the sign-in of its operator."""
-        while await self._is_signed_in(request):
-            await asyncio.sleep(self._check_s)
-            with suppress(ConnectionError):
-                await response.write(STILL_ALIVE)
-        stream.fail(CredentialsError("your sign-in has ended, and so this answer; sign in again"))
+        try:
+            while True:
+                await asyncio.sleep(self._check_s)
+                with suppress(ConnectionError, BusyError, RegistryError):
+                    check_role(await request[SIGN_IN_CHECK](), PROMPT_DEVICE)
+                    await response.write(STILL_ALIVE)
+        except FleetError as error:
+            stream.fail(error)
 
 
 async def _write(response: web.StreamResponse, event: bytes) -> None:

@@ -16,15 +16,17 @@ from aiohttp import web
 
 from edge_agent.config import AgentConfig
 from fleet.bundles.manifest import Bundle
-from fleet.operator_api.operation import PREFIX, OperatorRole
+from fleet.errors import CredentialsError
+from fleet.operator_api.operation import PREFIX, OperatorRole, SignedInOperator
 from fleet.protocol import topics
 from fleet.protocol.access import is_operator
 from fleet.protocol.report import DeviceStatus
+from fleet.server.console.api_routes import SIGN_IN_CHECK
 from fleet.server.console.operator_prompts import OperatorPromptLimits, OperatorPrompts, app_of
 from fleet.server.console.prompt_stream import PromptStream
 from fleet.transport.threaded_server import STOP_S, ThreadedServer
 from tests.brokers import WAIT_S, wait_until
-from tests.fleet.operator_api.api_fleet import KEYS, authenticate
+from tests.fleet.operator_api.api_fleet import KEYS, Handler, authenticate
 from tests.system.memory_fleet import DEVICE, MemoryFleet, memory_fleet
 
 SHORT = {
@@ -42,13 +44,20 @@ class PromptServer(ThreadedServer):
     def __init__(self, prompts: OperatorPrompts) -> None:
         super().__init__("prompts", "127.0.0.1", 0)
         self.is_signed_in = True
-        self._stream = PromptStream(prompts, self._check, check_s=0.05)
+        self._stream = PromptStream(prompts, check_s=0.05)
 
-    async def _check(self, _: web.Request) -> bool:
-        return self.is_signed_in
+    async def _check(self) -> SignedInOperator:
+        if not self.is_signed_in:
+            raise CredentialsError("the session has ended; sign in again")
+        return SignedInOperator("operator", OperatorRole.OPERATOR)
+
+    @web.middleware
+    async def _with_check(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        request[SIGN_IN_CHECK] = self._check
+        return await handler(request)
 
     async def _serve_on(self, listener: socket.socket) -> None:
-        app = web.Application(middlewares=[authenticate])
+        app = web.Application(middlewares=[authenticate, self._with_check])
         app.router.add_routes(self._stream.routes())
         runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=STOP_S / 2)
         await runner.setup()

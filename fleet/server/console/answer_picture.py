@@ -1,0 +1,76 @@
+"""An answer with its trace, as the finished page of the playground shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, Self
+
+from msgspec import Struct
+
+from fleet.protocol.answer_trace import RoundTrip, round_trips_of
+from fleet.protocol.modes import CLOUD, FALLBACK, LOOKUP
+from fleet.protocol.prompt import ErrorInfo, Reply, Usage
+
+EXIT_COLOURS: Final = 4
+
+
+class TokenPicture(Struct, frozen=True, kw_only=True):
+    """A token: its text, the class of its colour, and what its tooltip says."""
+
+    text: str
+    colour: str
+    facts: str
+
+
+class AnswerPicture(Struct, frozen=True, kw_only=True):
+    """A whole answer. `sources` are the colours by source, for the legend."""
+
+    tokens: list[TokenPicture]
+    trips: list[RoundTrip]
+    sources: dict[str, str]
+    usage: Usage | None
+    error: ErrorInfo | None
+    note: str | None
+
+    @classmethod
+    def of(cls, replies: Sequence[Reply]) -> Self:
+        """Return the picture of an answer's replies."""
+        names = {reply.source for reply in replies if reply.source}
+        colours = colours_of(names)
+        events = [event for reply in replies if reply.trace for event in reply.trace.events]
+        return cls(
+            tokens=[_token(reply, colours) for reply in replies if reply.text],
+            trips=round_trips_of(events),
+            sources=colours,
+            usage=replies[-1].usage,
+            error=replies[-1].error,
+            note=replies[-1].note,
+        )
+
+
+def colours_of(sources: set[str]) -> dict[str, str]:
+    """Return the class of each source; exits have theirs by depth."""
+    exits = sorted((name for name in sources if name.startswith("exit:")), key=_layer)
+    colours = {name: f"source-exit-{min(i, EXIT_COLOURS - 1)}" for i, name in enumerate(exits)}
+    others = {name: f"source-{name}" for name in (LOOKUP, CLOUD, FALLBACK) if name in sources}
+    return colours | others
+
+
+def _layer(source: str) -> int:
+    layer = source.partition(":")[2][:9]
+    return int(layer) if layer.isdecimal() else 0
+
+
+def _token(reply: Reply, colours: dict[str, str]) -> TokenPicture:
+    facts = [reply.source or "end of the text"]
+    if reply.confidence is not None:
+        facts.append(f"confidence {reply.confidence:.0%}")
+    trace = reply.trace
+    if trace and trace.logprob is not None:
+        facts.append(f"log-probability {trace.logprob:.3f}")
+    if trace and trace.is_proposed:
+        facts.append("copied from an earlier text")
+    if trace and trace.verdict:
+        facts.append(f"{trace.verdict} by the cloud in round trip {(trace.request or 0) + 1}")
+    colour = colours.get(reply.source or "", "source-none")
+    return TokenPicture(text=reply.text, colour=colour, facts=", ".join(facts))
