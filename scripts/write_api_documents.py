@@ -353,7 +353,7 @@ def prompt_operation() -> dict[str, Any]:
     events = {
         "type": "string",
         "description": "Events `reply`, whose data is a `Reply` with its `trace`, and at most one "
-        "event `problem`, whose data is an `ApiProblem`. Lines that begin with a colon mean nothing.",
+        "event `problem`, whose data is an `ApiProblem`. Lines with a colon first mean nothing.",
     }
     problem = {"description": "An error.", "content": {JSON: {"schema": schema_of(ApiProblemBody)}}}
     return {

@@ -22,6 +22,7 @@ from fleet.operator_api.operation import PREFIX as PREFIX_OF_OPERATORS
 from fleet.protocol.access import RULES
 from fleet.protocol.prompt import PromptRequest, Reply, TokenLogprob, TopLogprob
 from fleet.protocol.topics import PREFIX
+from fleet.server.console.prompt_stream import PROMPT_DEVICE
 from tests.fleet.http_api.test_writers import USAGE
 
 jsonschema = pytest.importorskip("jsonschema")
@@ -55,7 +56,8 @@ def test_every_operation_of_operators_is_described() -> None:
     described = {
         (method.upper(), path) for path, item in OPERATOR_API["paths"].items() for method in item
     }
-    assert {(each.method, PREFIX_OF_OPERATORS + each.path) for each in OPERATIONS} == described
+    operations = (*OPERATIONS, PROMPT_DEVICE)
+    assert {(each.method, PREFIX_OF_OPERATORS + each.path) for each in operations} == described
 
 
 def test_every_topic_of_the_protocol_is_described() -> None:

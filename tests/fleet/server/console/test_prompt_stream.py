@@ -208,7 +208,7 @@ class SlowDevice:
         self.fleet.watcher.publish(topic, msgspec.json.encode(status), retain=True)
 
     def _reply(self, topic: str, _: bytes) -> None:
-        _, app, request = topics.parse_topic(topic, topics.PROMPT_FILTER)
+        app, request = topics.parse_topic(topic, topics.PROMPT_FILTER)[1:]
         for payload in self.replies:
             self.fleet.watcher.publish(topics.device_reply(self.name, app, request), payload)
 
