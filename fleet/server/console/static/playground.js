@@ -112,7 +112,7 @@ class Waterfall {
       parts.push(shape("text", { x: 0, y: y + 12 }, name));
       parts.push(shape("line", { class: "lane", x1: LEFT, x2: width - 8, y1: y + 18, y2: y + 18 }));
     }
-    for (const tick of [0, 0.25, 0.5, 0.75, 1]) {
+    for (const tick of width < 500 ? [0, 0.5, 1] : [0, 0.25, 0.5, 0.75, 1]) {
       const label = `${number(tick * scaleEnd)}${tick === 1 ? " ms" : ""}`;
       const anchor = tick === 1 ? "end" : tick ? "middle" : "start";
       parts.push(shape("text", { x: x(tick * scaleEnd), y: 142, "text-anchor": anchor }, label));
