@@ -43,7 +43,7 @@ from fleet.protocol.prompt import PromptRequest
 from fleet.registry.results import StatsRow
 from fleet.server.child_process import child
 from fleet.server.gateway.api_options import ApiOptions
-from fleet.server.home import GATEWAY, FleetConfig, FleetHome
+from fleet.server.home import FleetConfig, FleetHome
 from fleet.server.supervisor import fleet_processes, resolve_bundle
 from fleet.transport.mqtt import MqttTransport
 from fleet.transport.prompt_client import PromptClient
@@ -236,7 +236,7 @@ def running_fleet(
     app = home.enroll(APP, Role.APP, folder / "apps" / APP, allow=(DEVICE,))
     server_options: list[str] = []
     if web_server:
-        home.identity(GATEWAY, Role.GATEWAY)  # before the broker starts and reads its rights
+        home.identity(web_server.gateway, Role.GATEWAY)  # before the broker reads its rights
         server_options = web_server.arguments()
     with ExitStack() as stack:
         processes = stack.enter_context(fleet_processes(home, server_options=server_options))

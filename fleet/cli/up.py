@@ -45,7 +45,6 @@ from fleet.server.fleet_options import (
 from fleet.server.gateway.api_options import ApiOptions
 from fleet.server.home import (
     EMBEDDED,
-    GATEWAY,
     MOSQUITTO,
     FleetHome,
     ca_passphrase,
@@ -173,8 +172,8 @@ def up(
             config = msgspec.structs.replace(config, bundle=str(path))
         Bundle.load(Path(config.bundle), ())  # before it is written down
         home = create_fleet(folder, config)
-        if web_servers:
-            home.identity(GATEWAY, Role.GATEWAY)  # before a broker starts and reads its rights
+        for each in web_servers:
+            home.identity(each.gateway, Role.GATEWAY)  # before a broker starts and reads its rights
         _run(
             home,
             workers,

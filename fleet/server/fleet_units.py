@@ -14,7 +14,7 @@ from fleet.errors import ConfigError
 from fleet.identity.identity import Identity
 from fleet.protocol.access import Role
 from fleet.server.gateway.api_options import ApiOptions
-from fleet.server.home import GATEWAY, MOSQUITTO, FleetHome
+from fleet.server.home import MOSQUITTO, FleetHome
 from fleet.server.supervisor import check_broker, worker_folder, worker_name
 from fleet.server.worker_settings import WorkerSettings
 from fleet.utils.paths import absolute_path
@@ -75,8 +75,8 @@ def fleet_units(home: FleetHome, options: UnitOptions) -> dict[str, str]:
     check_broker(options.broker)
     shares = options.broker == MOSQUITTO
     names = [worker_name(number) for number in range(1, options.num_workers + 1)]
-    if options.web_servers:
-        home.identity(GATEWAY, Role.GATEWAY)  # before the broker first reads the rights
+    for each in options.web_servers:
+        home.identity(each.gateway, Role.GATEWAY)  # before the broker first reads the rights
     units = {SERVER_SERVICE: _server_unit(home, options)}
     if shares:
         units[MOSQUITTO_SERVICE] = _mosquitto_unit(home, options.user)

@@ -150,13 +150,12 @@ def _start_console(
     if certificate:
         watcher.add(certificate.follow, periodic=True)
     context = OperationContext(registry, home)
-    context_of_tls = certificate.context if certificate else None
-    return start_console(stack, options.address, context, context_of_tls, [page_routes])
     identity = home.identity(CONSOLE_GATEWAY, Role.GATEWAY)
     link = stack.enter_context(MqttTransport.connect(identity, wait=False))
     playground = stack.enter_context(Playground(link))
     web_tls = certificate.context if certificate else None
-    return start_console(stack, options.address, context, web_tls, [playground.routes])
+    routes = [page_routes, playground.routes]
+    return start_console(stack, options.address, context, web_tls, routes)
 
 
 def _watch_progress(*loops: Collector | ChangeWatcher | ThreadedServer) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
 from typing import Any, Final, Self
 from urllib.parse import parse_qsl
 
@@ -12,7 +10,7 @@ from msgspec import Struct
 
 from fleet.errors import DecodeError, FleetError
 from fleet.http_api.request_body import read_whole_body
-from fleet.operator_api.device_operations import LIST_DEVICES, DeviceList, DeviceQuery
+from fleet.operator_api.device_operations import LIST_DEVICES, DeviceQuery
 from fleet.operator_api.operation import SignedInOperator
 from fleet.protocol.modes import Mode
 from fleet.protocol.prompt import MAX_PROMPT_BYTES, PromptRequest, Reply, prompt_of_fields
@@ -20,10 +18,9 @@ from fleet.server.console.answer_picture import AnswerPicture
 from fleet.server.console.api_routes import OPERATOR, check_role
 from fleet.server.console.blocking_calls import BlockingCalls
 from fleet.server.console.operator_prompts import OperatorPrompts
+from fleet.server.console.pages.page import Page
 from fleet.server.console.prompt_stream import PROMPT_DEVICE, PromptStream
-from fleet.server.console.rendering import render
 from fleet.server.operations.context import OperationContext
-from fleet.server.operations.local_access import LocalAccess
 from fleet.transport.base import Transport
 from fleet.utils.text import is_blank
 
@@ -92,7 +89,7 @@ class PlaygroundPages:
         operator: SignedInOperator = request[OPERATOR]
         check_role(operator, PROMPT_DEVICE)
         form = PlaygroundForm(device=request.query.get("device", ""))
-        return await self._page(operator, form)
+        return await self._page(request, form)
 
     async def _answer(self, request: web.Request) -> web.Response:
         operator: SignedInOperator = request[OPERATOR]
@@ -105,36 +102,29 @@ class PlaygroundPages:
                 while not stream.is_done:
                     replies.append(await stream.next())
         except FleetError as error:
-            return await self._page(operator, form, problem=str(error))
-        return await self._page(operator, form, answer=AnswerPicture.of(replies))
+            return await self._page(request, form, problem=str(error))
+        return await self._page(request, form, answer=AnswerPicture.of(replies))
 
     async def _page(
         self,
-        operator: SignedInOperator,
+        request: web.Request,
         form: PlaygroundForm,
         answer: AnswerPicture | None = None,
         problem: str | None = None,
     ) -> web.Response:
-        devices = await self._online_devices(operator)
+        page = Page(request, self._context, self._calls)
+        query = DeviceQuery(online=True, limit=SHOWN_DEVICES)
+        devices = [row.device for row in (await page.call(LIST_DEVICES, query)).devices]
         if is_blank(form.device) and devices:
             form = PlaygroundForm(device=devices[0])
-        return render(
+        return page.show(
             "playground.html",
-            title="Playground",
-            operator=operator,
-            active="playground",
             devices=devices,
             modes=MODES,
             form=form,
             answer=answer,
             problem=problem,
         )
-
-    async def _online_devices(self, operator: SignedInOperator) -> Sequence[str]:
-        access = LocalAccess(self._context.acting_as(operator.name))
-        query = DeviceQuery(online=True, limit=SHOWN_DEVICES)
-        found: DeviceList = await self._calls.run(partial(access.call, LIST_DEVICES, query))
-        return [row.device for row in found.devices]
 
 
 async def _read_form(request: web.Request) -> PlaygroundForm:

@@ -8,6 +8,7 @@ from typing import Final
 
 from fleet.errors import ConfigError
 from fleet.http_api.api_address import DEFAULT_PORT, ApiAddress
+from fleet.server.home import CONSOLE_GATEWAY, GATEWAY
 from fleet.utils.paths import absolute_path
 
 CONSOLE_PORT: Final = 8885
@@ -59,6 +60,11 @@ class ApiOptions:
     ) -> ApiOptions | None:
         """Return the options of the console, as `of` does."""
         return cls.of(address, cert, key, "--console", CONSOLE_PORT)
+
+    @property
+    def gateway(self) -> str:
+        """The name of the identity that sends this server's prompts."""
+        return GATEWAY if self.option == "--api" else CONSOLE_GATEWAY
 
     @property
     def files(self) -> list[Path]:

@@ -19,9 +19,11 @@ from fleet.registry.store import Registry
 from fleet.server.console.console_server import ConsoleServer
 from fleet.server.console.formatting import percent
 from fleet.server.console.pages.page_routes import FORMS, PAGES, page_routes
-from fleet.server.home import FleetConfig, FleetHome
+from fleet.server.console.playground import Playground
+from fleet.server.home import CONSOLE_GATEWAY, FleetConfig, FleetHome
 from fleet.server.operations.context import OperationContext
 from fleet.server.operations.local_access import LocalAccess
+from fleet.transport.in_memory import InMemoryBroker
 from tests.fleet.conftest import add
 from tests.fleet.operator_api.api_fleet import BUNDLE, copy_of, make_fleet
 from tests.fleet.server.console.html_page import HtmlPage
@@ -68,7 +70,13 @@ class Console:
 def serving(home: FleetHome) -> Iterator[Console]:
     with home.registry("tests") as registry:
         context = OperationContext(registry, home)
-        with ConsoleServer(ApiAddress("127.0.0.1", 0), context, None, [page_routes]) as server:
+        with (
+            InMemoryBroker().connect(CONSOLE_GATEWAY) as link,
+            Playground(link) as playground,
+            ConsoleServer(
+                ApiAddress("127.0.0.1", 0), context, None, [page_routes, playground.routes]
+            ) as server,
+        ):
             yield Console(server, context)
 
 

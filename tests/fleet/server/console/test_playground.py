@@ -157,6 +157,6 @@ def test_the_script_and_the_style_fit_the_page(console: Browser) -> None:
     for sink in ("innerHTML", "insertAdjacentHTML", "eval(", "document.write", "outerHTML"):
         assert sink not in script
     addresses = re.findall(r'(?:src|href)="(/static/[^"]+)"', page(console))
-    assert len(addresses) == 3
+    assert len(addresses) == 5
     for address in addresses:
         assert console.request("GET", address).status == 200
