@@ -19,7 +19,8 @@ class DeviceQuery(PageQuery, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """The devices of one page.
 
     `search` is a part of the name, `tag` has the form ``key=value``. A `sort` with a minus
-    sign begins with the largest value.
+    sign begins with the largest value. With `since`, in seconds since 1970, the page also has the
+    counts of its devices from then on.
     """
 
     search: str | None = None
@@ -28,13 +29,18 @@ class DeviceQuery(PageQuery, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     state: str | None = None
     online: bool | None = None
     sort: Literal["name", "-last_seen", "last_seen"] = "name"
+    since: Timestamp | None = None
 
 
 class DeviceList(ListPage, frozen=True, kw_only=True):
-    """A page of devices; `total` counts all that match the query."""
+    """A page of devices; `total` counts all that match the query.
+
+    `stats` are the counts of the page's devices, by name, if the query has a `since`.
+    """
 
     devices: list[DeviceRow]
     total: int
+    stats: list[StatsRow] = []
 
 
 class DeviceWindow(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

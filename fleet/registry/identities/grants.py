@@ -145,18 +145,18 @@ def change_tags(
 
 
 def _check_tags(db: Session, device: str, keys: Iterable[str]) -> None:
-    tags = tags_by_device(db, device).get(device, {})
+    tags = tags_by_device(db, [device]).get(device, {})
     if unknown := [key for key in keys if key not in tags]:
         raise IdentityError(
             f"{device!r} has no tag {', '.join(unknown)[:80]}; it has {', '.join(tags) or 'none'}"
         )
 
 
-def tags_by_device(db: Session, device: str | None = None) -> dict[str, dict[str, str]]:
-    """Return the tags, by key, of every device that has some, or of one device."""
+def tags_by_device(db: Session, devices: Sequence[str] | None = None) -> dict[str, dict[str, str]]:
+    """Return the tags, by key, of every device that has some, or of some devices."""
     query = select(TagRecord).order_by(TagRecord.device, TagRecord.key)
-    if device is not None:
-        query = query.where(TagRecord.device == device)
+    if devices is not None:
+        query = query.where(TagRecord.device.in_(devices))
     tags: dict[str, dict[str, str]] = {}
     for tag in db.scalars(query):
         tags.setdefault(tag.device, {})[tag.key] = tag.value

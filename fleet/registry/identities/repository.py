@@ -384,7 +384,7 @@ class IdentityRepository(Repository):
             if record is None or record.state == IdentityState.DELETED:
                 raise _unknown_identity(name)
             targets = targets_by_app(db)
-            tags = tags_by_device(db, name)
+            tags = tags_by_device(db, [name])
             return _identity_row(record, targets.get(name, ()), tags.get(name, {}))
 
     def open_tokens(self) -> list[TokenRow]:

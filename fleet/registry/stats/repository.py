@@ -32,6 +32,7 @@ from fleet.registry.results import (
     StatsRow,
     WorkerRow,
 )
+from fleet.registry.stats.device_pages import DeviceFilter, DevicePage, device_page
 from fleet.registry.stats.ingest import (
     DeviceKey,
     IngestOutcome,
@@ -136,6 +137,15 @@ class StatsRepository(Repository):
         with self._transactions.reading() as db:
             return _device_rows(db)
 
+    def device_page(
+        self, wanted: DeviceFilter, after: str | None = None, limit: int = 100
+    ) -> tuple[list[DeviceRow], DevicePage]:
+        """Return a page of devices, which follow the device `after`, and its names and counts."""
+        with self._transactions.reading() as db:
+            page = device_page(db, wanted, after, limit, time.time())
+            rows = {row.device: row for row in _device_rows(db, page.names)}
+            return [rows[name] for name in page.names], page
+
     def device(self, name: str) -> DeviceRow:
         """Return one device.
 
@@ -144,7 +154,7 @@ class StatsRepository(Repository):
         """
         with self._transactions.reading() as db:
             check_device(db, name)
-            (row,) = _device_rows(db, name)
+            (row,) = _device_rows(db, [name])
             return row
 
     def per_device(
@@ -153,14 +163,23 @@ class StatsRepository(Repository):
         since: float | None = None,
         *,
         group: str | None = None,
+        devices: Sequence[str] | None = None,
         now: float | None = None,
     ) -> list[StatsRow]:
         """Return the sums of each device's answers; only of those from `since` on.
 
+        With `devices` only these have a row.
+
         Raises:
             UnknownDeviceError: `device` is not enrolled.
         """
-        query = StatsQuery(now=now or time.time(), since=since, device=device, group=group)
+        query = StatsQuery(
+            now=now or time.time(),
+            since=since,
+            device=device,
+            group=group,
+            devices=None if devices is None else tuple(devices),
+        )
         with self._transactions.reading() as db:
             return stats_per_device(db, query)
 
@@ -249,15 +268,17 @@ def _session_row(
     )
 
 
-def _device_rows(db: Session, name: str | None = None) -> list[DeviceRow]:
+def _device_rows(db: Session, names: Sequence[str] | None = None) -> list[DeviceRow]:
     query = (
         select(IdentityRecord, StatusRecord, is_online(), BundleRecord.name)
         .outerjoin(StatusRecord, StatusRecord.device == IdentityRecord.name)
         .outerjoin(BundleRecord, BundleRecord.bundle_id == StatusRecord.bundle_id)
-        .where(is_device(name))
+        .where(is_device())
         .order_by(IdentityRecord.name)
     )
-    tags = tags_by_device(db, name)
+    if names is not None:
+        query = query.where(IdentityRecord.name.in_(names))
+    tags = tags_by_device(db, names)
     return [
         replace(
             _device_row(identity, status, tags.get(identity.name, {}), is_online=bool(online)),

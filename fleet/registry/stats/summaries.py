@@ -57,6 +57,8 @@ def stats_per_device(db: Session, query: StatsQuery) -> list[StatsRow]:
     )
     if query.group is not None:
         devices = devices.where(IdentityRecord.group == query.group)
+    if query.devices is not None:
+        devices = devices.where(IdentityRecord.name.in_(query.devices))
     rows = db.execute(devices).all()
     counts = _stats_fields([(aggregates[name], points[name]) for name, *_ in rows])
     return [

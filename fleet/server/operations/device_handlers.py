@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from fleet.identity.enrolment import Enrolment, format_tags
+from fleet.identity.enrolment import Enrolment
 from fleet.operator_api.device_operations import (
     LIST_DEVICES,
     MOVE_DEVICE,
@@ -17,30 +17,30 @@ from fleet.operator_api.device_operations import (
     GroupChange,
     TagChange,
 )
-from fleet.registry.results import DeviceRow
+from fleet.registry.results import DeviceRow, StatsRow
+from fleet.registry.stats.device_pages import DeviceFilter
 from fleet.server.operations.context import Handlers, OperationContext
-from fleet.server.operations.pages import page_of
 
 NUM_SESSIONS: Final = 5
 
 
 def _list_devices(context: OperationContext, query: DeviceQuery) -> DeviceList:
     """Return a page of devices."""
-    rows = [row for row in context.registry.stats.devices() if _matches(row, query)]
-    if query.sort != "name":
-        rows.sort(key=lambda row: row.last_seen or 0.0, reverse=query.sort.startswith("-"))
-    devices, next_page = page_of(rows, query, lambda row: row.device)
-    return DeviceList(devices=devices, total=len(rows), next_page=next_page)
-
-
-def _matches(row: DeviceRow, query: DeviceQuery) -> bool:
-    return (
-        (query.search is None or query.search in row.device)
-        and (query.group is None or row.group == query.group)
-        and (query.tag is None or query.tag in format_tags(row.tags))
-        and (query.state is None or row.state == query.state)
-        and (query.online is None or row.online == query.online)
+    stats = context.registry.stats
+    wanted = DeviceFilter(
+        search=query.search,
+        group=query.group,
+        tag=query.tag,
+        state=query.state,
+        online=query.online,
+        newest_first=None if query.sort == "name" else query.sort.startswith("-"),
     )
+    devices, page = stats.device_page(wanted, query.after, query.limit)
+    counts: list[StatsRow] = []
+    if query.since is not None and page.names:
+        counts = stats.per_device(since=query.since, devices=page.names)
+    next_page = page.names[-1] if page.has_more else None
+    return DeviceList(devices=devices, total=page.total, stats=counts, next_page=next_page)
 
 
 def _show_device(context: OperationContext, window: DeviceWindow) -> DeviceDetails:

@@ -15,7 +15,7 @@ from fleet.operator_api.device_operations import (
 )
 from fleet.operator_api.identity_operations import RESUME, REVOKE, SUSPEND, IdentityKey
 from fleet.operator_api.settings_operations import SHOW_SETTINGS, SettingsTarget
-from fleet.operator_api.stats_operations import LIST_DEVICE_STATS, LIST_HOUR_STATS, StatsWindow
+from fleet.operator_api.stats_operations import LIST_HOUR_STATS, StatsWindow
 from fleet.protocol.types import DAY_S
 from fleet.server.console.pages.page import Page, see
 
@@ -41,18 +41,14 @@ async def devices_page(page: Page) -> web.StreamResponse:
         sort=sort if sort in SORTS else "name",  # type: ignore[arg-type]
         after=page.query("after"),
         limit=PAGE_ROWS,
+        since=time.time() - DAY_S,
     )
     found = await page.call(LIST_DEVICES, query)
-    since = time.time() - DAY_S
-    stats = {}
-    for row in found.devices:
-        window = StatsWindow(device=row.device, since=since)
-        (stats[row.device],) = (await page.call(LIST_DEVICE_STATS, window)).rows
     return page.show(
         "devices.html",
         devices=found.devices,
         total=found.total,
-        stats=stats,
+        stats={row.device: row for row in found.stats},
         query=query,
         next_address=found.next_page and page.address(after=found.next_page),
     )
