@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from msgspec.structs import replace
 
+from fleet.errors import ConfigError
 from fleet.operator_api.operation import NoFields
 from fleet.operator_api.stats_operations import (
     LIST_BUNDLE_STATS,
@@ -28,7 +29,7 @@ from fleet.protocol.types import DAY_S
 from fleet.registry.results import BundleStats, GroupStats, HourStats
 from fleet.registry.stats.queries import By
 from fleet.server.operations.context import Handlers, OperationContext
-from fleet.server.operations.pages import page_of, unknown_page
+from fleet.server.operations.pages import number_of, page_of, unknown_page
 
 
 def _list_device_stats(context: OperationContext, window: StatsWindow) -> DeviceStatsList:
@@ -83,8 +84,8 @@ def _parse_position(after: str) -> tuple[float, int]:
     """Return the time and the number of the last session of a page. Raises ConfigError."""
     opened_at, _, number = after.partition("_")
     try:
-        return float(opened_at), int(number)
-    except ValueError:
+        return float(opened_at), number_of(number)
+    except (ValueError, ConfigError):
         raise unknown_page(after) from None
 
 
