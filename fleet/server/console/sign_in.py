@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 from typing import Final
-from urllib.parse import parse_qs
 
 from aiohttp import web
 
-from fleet.errors import BusyError, CredentialsError, DecodeError
-from fleet.http_api.request_body import read_whole_body
+from fleet.errors import BusyError, CredentialsError
 from fleet.registry.operators.repository import SESSION_S, OperatorRepository
 from fleet.server.console.authentication import SIGN_IN_PATH, SIGN_OUT_PATH, Authentication
 from fleet.server.console.blocking_calls import BlockingCalls
+from fleet.server.console.form_body import read_form
 from fleet.server.console.rendering import render
 
 MAX_FORM_BYTES: Final = 4096
@@ -54,7 +53,7 @@ class SignIn:
         return _page("This link signs you in on this browser, once.", "", link=link[:200])
 
     async def _sign_in(self, request: web.Request) -> web.Response:
-        link = await _read_link(request)
+        link = (await read_form(request, MAX_FORM_BYTES)).get("link", "")
         try:
             new = await self._authentication.guarded(
                 request, partial(self._operators.sign_in, link)
@@ -80,13 +79,6 @@ class SignIn:
         response = web.HTTPSeeOther(SIGN_IN_PATH)
         response.del_cookie(self._authentication.cookie, path="/")
         raise response
-
-
-async def _read_link(request: web.Request) -> str:
-    body = await read_whole_body(request, MAX_FORM_BYTES, "open the link again")
-    if request.content_type != "application/x-www-form-urlencoded":
-        raise DecodeError("expected the form of the page /sign-in; open the link again")
-    return parse_qs(body.decode("utf-8", "replace")).get("link", [""])[0]
 
 
 def _page(message: str, next_step: str, *, link: str = "", status: int = 200) -> web.Response:

@@ -20,6 +20,7 @@ from fleet.operator_api.operation import (
 )
 from fleet.server.console.api_routes import OPERATOR, check_role
 from fleet.server.console.blocking_calls import BlockingCalls
+from fleet.server.console.form_body import read_form
 from fleet.server.console.rendering import render
 from fleet.server.operations.context import OperationContext
 from fleet.server.operations.local_access import LocalAccess
@@ -59,9 +60,8 @@ class Page:
         return await self.calls.run(partial(access.call, operation, asked))
 
     async def form(self) -> Mapping[str, str]:
-        """Return the fields of a form that was sent."""
-        fields = await self.request.post()
-        return {name: value for name, value in fields.items() if isinstance(value, str)}
+        """Return the fields of a form that was sent. Raises as `read_form`."""
+        return await read_form(self.request)
 
     def query(self, name: str) -> str | None:
         """Return a value of the address; None if it is missing or empty."""

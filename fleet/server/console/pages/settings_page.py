@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from typing import Any, Final
 
 import msgspec
 from aiohttp import web
 
+from fleet.errors import ConfigError
 from fleet.operator_api.settings_operations import (
     SET_SETTINGS,
     SHOW_SETTINGS,
@@ -18,6 +19,7 @@ from fleet.operator_api.settings_operations import (
 )
 from fleet.protocol.desired_config import Settings
 from fleet.server.console.pages.page import Page, changed, see
+from fleet.utils.validation import JSON_ERRORS
 
 ALL: Final = "all"
 
@@ -32,18 +34,23 @@ async def change_settings_form(page: Page) -> web.StreamResponse:
     form = await page.form()
     target = form.get("target", ALL)
     name = form.get("name", "").strip()
-    version = int(form["version"]) if form.get("version", "").isdecimal() else None
-    if "remove" in form:
-        removal = SettingsRemoval(target=target, keys=(name,), if_version=version)
-        problem = await changed(page.call(UNSET_SETTINGS, removal))
-    else:
-        settings = {name: _value(form.get("value", ""))}
-        change = SettingsChange(target=target, settings=settings, if_version=version)
-        problem = await changed(page.call(SET_SETTINGS, change))
+    problem = await changed(_change(page, target, name, form))
     if problem:
         return await _show(page, target, problem, form.get("value", ""), name)
     address = page.request.rel_url.with_query(target=target)
     return see(str(address.with_query(target=target, notice="changed")))
+
+
+async def _change(page: Page, target: str, name: str, form: Mapping[str, str]) -> None:
+    """Set or remove a setting. Raises FleetError."""
+    version = _version(form.get("version", ""))
+    if "remove" in form:
+        removal = SettingsRemoval(target=target, keys=(name,), if_version=version)
+        await page.call(UNSET_SETTINGS, removal)
+    else:
+        settings = {name: _value(form.get("value", ""))}
+        change = SettingsChange(target=target, settings=settings, if_version=version)
+        await page.call(SET_SETTINGS, change)
 
 
 async def _show(
@@ -71,6 +78,15 @@ async def _show(
 def _value(text: str) -> Any:
     """Return the value of a field: JSON, or else the text itself."""
     try:
-        return json.loads(text)
-    except ValueError:
+        return msgspec.json.decode(text)
+    except JSON_ERRORS:
         return text
+
+
+def _version(text: str) -> int | None:
+    """Return the version that a form has; None if it has none. Raises ConfigError."""
+    if not text:
+        return None
+    if not (text.isascii() and text.isdecimal() and len(text) < 16):
+        raise ConfigError(f"version {text[:80]!r}: expected a number; open the page again")
+    return int(text)

@@ -42,7 +42,7 @@ class Browser:
         body = None
         if form is not None:
             body = urlencode(form)
-            sent["Content-Type"] = "application/x-www-form-urlencoded"
+            sent.setdefault("Content-Type", "application/x-www-form-urlencoded")
         connection.request(method, path, body, sent)
         response = connection.getresponse()
         response.text = response.read().decode()  # type: ignore[attr-defined]
@@ -51,8 +51,10 @@ class Browser:
             self.cookie = cookie.partition(";")[0]
         return response
 
-    def post(self, path: str, form: dict[str, str] | None = None) -> http.client.HTTPResponse:
-        return self.request("POST", path, form or {}, Sec_Fetch_Site="same-origin")
+    def post(
+        self, path: str, form: dict[str, str] | None = None, **headers: str
+    ) -> http.client.HTTPResponse:
+        return self.request("POST", path, form or {}, Sec_Fetch_Site="same-origin", **headers)
 
 
 @pytest.fixture(scope="module")

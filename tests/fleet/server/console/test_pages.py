@@ -188,6 +188,53 @@ def test_a_setting_is_changed_once_for_a_version(template: FleetHome, tmp_path: 
         assert "No settings here" in console.page("/settings?target=all").text
 
 
+@pytest.mark.parametrize(
+    ("value", "version"),
+    [
+        ("[" * 20_000, "0"),
+        ('"\\ud800"', "0"),
+        ("1" * 6000, "0"),
+        ("0.5", "9" * 50),
+        ("0.5", "\u00b2"),
+    ],
+)
+def test_a_hostile_value_or_version_is_refused_at_the_form(
+    console: Console, value: str, version: str
+) -> None:
+    form = {"target": "all", "name": "threshold", "value": value, "version": version}
+    answer = console.browser().post("/settings", form)
+    page = HtmlPage(answer.text)  # type: ignore[attr-defined]
+    assert answer.status == 400
+    assert page.problems == []
+    assert "expected" in page.text
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "application/json",
+        "multipart/form-data",
+        "multipart/form-data; boundary=x",
+        "text/plain; charset=nonsense",
+    ],
+)
+def test_a_form_of_another_kind_is_refused(console: Console, kind: str) -> None:
+    answer = console.browser().post("/settings", {"target": "all"}, Content_Type=kind)
+    assert answer.status == 400
+    assert "expected a form of a page" in answer.text  # type: ignore[attr-defined]
+
+
+def test_a_form_with_too_much_is_refused(console: Console) -> None:
+    fields = {f"field-{number}": "1" for number in range(101)}
+    assert console.browser().post("/settings", fields).status == 400
+    assert console.browser().post("/settings", {"value": "x" * 70_000}).status == 413
+
+
+@pytest.mark.parametrize("after", ["1_" + "9" * 40, "1_-1", "1", "x_1"])
+def test_a_page_of_sessions_that_does_not_exist_is_refused(console: Console, after: str) -> None:
+    assert "next_page" in console.page(f"/sessions?after={after}", status=400).text
+
+
 def test_the_settings_of_a_device_name_the_scope_that_decides(
     template: FleetHome, tmp_path: Path
 ) -> None:
