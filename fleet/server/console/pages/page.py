@@ -76,6 +76,7 @@ class Page:
             may_change=self.operator.role.includes(OperatorRole.OPERATOR),
             may_admit=self.operator.role.includes(OperatorRole.ADMIN),
             path=self.request.path,
+            reload=self.address() if self.request.method == "GET" else None,
             now=time.time(),
             notice=NOTICES.get(self.request.query.get("notice", "")),
             **values,
