@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -13,6 +14,7 @@ from fleet.protocol.modes import CLOUD, FALLBACK, LOOKUP
 from fleet.utils.printable import printable_line
 
 MAX_CHARS: Final = 400
+MAX_DETAIL_CHARS: Final = 80
 STEPS_S: Final = ((86_400.0, "d"), (3_600.0, "h"), (60.0, "min"), (1.0, "s"))
 SOURCE_CLASSES: Final = {LOOKUP: "lookup", CLOUD: "cloud", FALLBACK: "fallback"}
 NUM_EXIT_CLASSES: Final = 4
@@ -64,6 +66,16 @@ def moment(at: float | None) -> Markup:
         return escape(f"{at:g} s")
     text = time.strftime("%Y-%m-%d %H:%M:%S")
     return Markup('<time datetime="{}Z">{}</time>').format(text.replace(" ", "T"), text)
+
+
+def audit_detail(value: object, key: str) -> str | Markup:
+    """Return a value of the audit log: a time as a time, and others as text or JSON."""
+    if key.endswith("_at") and isinstance(value, int | float):
+        return moment(value)
+    if isinstance(value, list) and all(isinstance(each, str) for each in value):
+        return shortened(", ".join(value), MAX_DETAIL_CHARS)
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return shortened(text, MAX_DETAIL_CHARS)
 
 
 def age(at: float | None, now: float) -> str:

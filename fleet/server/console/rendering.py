@@ -23,6 +23,7 @@ ENVIRONMENT.globals["exits_in_order"] = formatting.exits_in_order
 ENVIRONMENT.filters.update(
     age=formatting.age,
     bytes=formatting.num_bytes,
+    detail=formatting.audit_detail,
     moment=formatting.moment,
     ms=formatting.milliseconds,
     number=formatting.number,

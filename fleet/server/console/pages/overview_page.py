@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from aiohttp import web
 
@@ -28,6 +28,7 @@ async def overview_page(page: Page) -> web.StreamResponse:
     devices = await page.call(LIST_DEVICES, DeviceQuery(limit=1))
     workers = await page.call(LIST_WORKERS, NoFields())
     groups = await page.call(LIST_GROUP_STATS, StatsWindow(since=since, limit=1000))
+    week = await page.call(LIST_GROUP_STATS, StatsWindow(since=since - 6 * DAY_S, limit=1000))
     rollouts = await page.call(LIST_ROLLOUTS, RolloutQuery(limit=5))
     lags = await page.call(LIST_CONFIG_LAGS, LagQuery(limit=NUM_LAGS))
     changes = await page.call(LIST_CHANGES, AuditQuery(limit=8))
@@ -39,13 +40,18 @@ async def overview_page(page: Page) -> web.StreamResponse:
         workers=workers.workers,
         groups=groups.rows,
         sources=sources,
-        offload=offload_rate(sources) if sum(sources.values()) else None,
+        offload=_offload(sources),
+        week_offload=_offload(summed_sources(week.rows)),
         answers=sum(row.generations for row in groups.rows),
         errors=sum(row.errors for row in groups.rows),
         rollouts=[row for row in rollouts.rollouts if row.ended_at is None],
         lags=lags.lags,
         changes=changes.changes,
     )
+
+
+def _offload(sources: Mapping[str, int]) -> float | None:
+    return offload_rate(sources) if sum(sources.values()) else None
 
 
 def summed_sources(rows: Sequence[GroupStats]) -> dict[str, int]:

@@ -13,8 +13,10 @@ from fleet.http_api.api_address import ApiAddress
 from fleet.operator_api.device_operations import SHOW_DEVICE, DeviceWindow
 from fleet.operator_api.operation import OperatorRole
 from fleet.operator_api.settings_operations import SET_SETTINGS, SettingsChange
+from fleet.operator_api.stats_operations import LIST_GROUP_STATS, StatsWindow
+from fleet.protocol.modes import offload_rate
 from fleet.protocol.report import ConfigProblem, DeviceStatus
-from fleet.protocol.types import MAX_LABEL_LENGTH
+from fleet.protocol.types import DAY_S, MAX_LABEL_LENGTH
 from fleet.registry.store import Registry
 from fleet.server.console.console_server import ConsoleServer
 from fleet.server.console.formatting import percent
@@ -25,7 +27,7 @@ from fleet.server.operations.context import OperationContext
 from fleet.server.operations.local_access import LocalAccess
 from fleet.transport.in_memory import InMemoryBroker
 from tests.fleet.conftest import add
-from tests.fleet.operator_api.api_fleet import BUNDLE, copy_of, make_fleet
+from tests.fleet.operator_api.api_fleet import BUNDLE, SPARE_BUNDLE, copy_of, make_fleet
 from tests.fleet.server.console.html_page import HtmlPage
 from tests.fleet.server.console.test_console_server import Browser
 
@@ -128,6 +130,37 @@ def test_a_device_has_the_values_of_its_operation(console: Console) -> None:
     assert details.device.bundle_id in text
     for session in details.sessions:
         assert session.session[:8] in text
+
+
+def test_the_overview_compares_the_day_with_the_week(console: Console) -> None:
+    sources: dict[str, int] = {}
+    rows = console.access.call(LIST_GROUP_STATS, StatsWindow(since=time.time() - 7 * DAY_S)).rows
+    for row in rows:
+        for source, tokens in row.sources.items():
+            sources[source] = sources.get(source, 0) + tokens
+    assert f"{percent(offload_rate(sources))} in 7 days" in console.page("/").text
+
+
+def test_a_device_shows_the_bundle_that_it_does_not_serve_yet(
+    template: FleetHome, tmp_path: Path
+) -> None:
+    for console in serving(copy_of(template, tmp_path / "home")):
+        assert "not served yet" not in console.page("/devices/kitchen").text
+        change = SettingsChange(target="device:kitchen", settings={"bundle": SPARE_BUNDLE})
+        console.access.call(SET_SETTINGS, change)
+        text = console.page("/devices/kitchen").text
+        assert f"Bundle desired {SPARE_BUNDLE} not served yet" in text
+
+
+def test_details_of_changes_are_texts_and_times(template: FleetHome, tmp_path: Path) -> None:
+    for console in serving(copy_of(template, tmp_path / "home")):
+        values = {"ends_at": 1_000.5, "names": ["a", "b"], "is_new": True, "note": HOSTILE}
+        console.registry.audit_log.add("tested", "kitchen", **values)
+        page = console.page("/audit?subject=kitchen&action=tested")
+        assert "ends_at: 1970-01-01 00:16:40" in page.text
+        assert "names: a, b" in page.text
+        assert "is_new: true" in page.text
+        assert "<script>alert" not in page.source
 
 
 def test_devices_are_found_by_the_address(console: Console) -> None:
