@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, Self
+from typing import Self
 
 from msgspec import Struct
 
 from fleet.protocol.answer_trace import RoundTrip, round_trips_of
-from fleet.protocol.modes import CLOUD, FALLBACK, LOOKUP
 from fleet.protocol.prompt import ErrorInfo, Reply, Usage
-
-EXIT_COLOURS: Final = 4
+from fleet.server.console.formatting import SOURCE_CLASSES, exits_in_order, source_class
 
 
 class TokenPicture(Struct, frozen=True, kw_only=True):
@@ -50,15 +48,9 @@ class AnswerPicture(Struct, frozen=True, kw_only=True):
 
 def colours_of(sources: set[str]) -> dict[str, str]:
     """Return the class of each source; exits have theirs by depth."""
-    exits = sorted((name for name in sources if name.startswith("exit:")), key=_layer)
-    colours = {name: f"source-exit-{min(i, EXIT_COLOURS - 1)}" for i, name in enumerate(exits)}
-    others = {name: f"source-{name}" for name in (LOOKUP, CLOUD, FALLBACK) if name in sources}
-    return colours | others
-
-
-def _layer(source: str) -> int:
-    layer = source.partition(":")[2][:9]
-    return int(layer) if layer.isdecimal() else 0
+    exits = exits_in_order(sources)
+    known = [*exits, *(name for name in SOURCE_CLASSES if name in sources)]
+    return {name: f"source-{source_class(name, exits)}" for name in known}
 
 
 def _token(reply: Reply, colours: dict[str, str]) -> TokenPicture:

@@ -7,6 +7,7 @@ from urllib.parse import parse_qsl
 
 from aiohttp import web
 from msgspec import Struct
+from msgspec.structs import replace
 
 from fleet.errors import DecodeError, FleetError
 from fleet.http_api.request_body import read_whole_body
@@ -110,13 +111,13 @@ class PlaygroundPages:
         request: web.Request,
         form: PlaygroundForm,
         answer: AnswerPicture | None = None,
-        problem: str | None = None,
+        problem: str = "",
     ) -> web.Response:
         page = Page(request, self._context, self._calls)
         query = DeviceQuery(online=True, limit=SHOWN_DEVICES)
         devices = [row.device for row in (await page.call(LIST_DEVICES, query)).devices]
         if is_blank(form.device) and devices:
-            form = PlaygroundForm(device=devices[0])
+            form = replace(form, device=devices[0])
         return page.show(
             "playground.html",
             devices=devices,

@@ -249,7 +249,7 @@ class AnswerView {
   colourOf(source) {
     if (OTHER_SOURCES.includes(source)) return `source-${source}`;
     const depth = this.exits().indexOf(source);
-    return depth < 0 ? "source-none" : `source-exit-${Math.min(depth, 3)}`;
+    return depth < 0 ? "source-none" : `source-exit${depth % 4}`;
   }
 
   choose(index, isSpoken = false) {
@@ -398,7 +398,7 @@ class Playground {
     if (this.control) return;
     this.control = new AbortController();
     this.setBusy(true);
-    document.querySelectorAll("main > .glass-problem").forEach((each) => each.remove());
+    document.querySelectorAll("main > .problem").forEach((each) => each.remove());
     const modes = [fields.get("mode"), fields.get("other")].filter(Boolean);
     const views = modes.map((mode) => new AnswerView(`${mode} on ${fields.get("device")}`));
     this.answers.replaceChildren(...views.map((view) => view.section));

@@ -134,19 +134,19 @@ def test_the_picture_of_an_answer_that_failed() -> None:
     assert picture.tokens[0].facts == (
         "exit:3, confidence 50%, log-probability -0.500, copied from an earlier text"
     )
-    assert [token.colour for token in picture.tokens] == ["source-exit-0", "source-none"]
+    assert [token.colour for token in picture.tokens] == ["source-exit1", "source-exit0"]
     assert [(trip.ms, trip.dropped) for trip in picture.trips] == [(None, ())]
     assert picture.error
 
 
 def test_exits_have_colours_by_depth() -> None:
-    names = {"exit:24", "exit:9", "cloud", "exit:100", "exit:5", "exit:50", "other"}
+    names = {"exit:24", "exit:9", "cloud", "exit:100", "exit:5", "exit:50"}
     assert colours_of(names) == {
-        "exit:5": "source-exit-0",
-        "exit:9": "source-exit-1",
-        "exit:24": "source-exit-2",
-        "exit:50": "source-exit-3",
-        "exit:100": "source-exit-3",
+        "exit:5": "source-exit0",
+        "exit:9": "source-exit1",
+        "exit:24": "source-exit2",
+        "exit:50": "source-exit3",
+        "exit:100": "source-exit0",
         "cloud": "source-cloud",
     }
 
