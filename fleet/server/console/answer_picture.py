@@ -13,10 +13,10 @@ from fleet.server.console.formatting import SOURCE_CLASSES, exits_in_order, sour
 
 
 class TokenPicture(Struct, frozen=True, kw_only=True):
-    """A token: its text, the class of its colour, and what its tooltip says."""
+    """A token: its text, its classes of style, and what its tooltip says."""
 
     text: str
-    colour: str
+    classes: str
     facts: str
 
 
@@ -64,5 +64,9 @@ def _token(reply: Reply, colours: dict[str, str]) -> TokenPicture:
         facts.append("copied from an earlier text")
     if trace and trace.verdict:
         facts.append(f"{trace.verdict} by the cloud in round trip {(trace.request or 0) + 1}")
-    colour = colours.get(reply.source or "", "source-none")
-    return TokenPicture(text=reply.text, colour=colour, facts=", ".join(facts))
+    classes = [colours.get(reply.source or "", "source-none")]
+    if trace and trace.is_proposed:
+        classes.append("is-proposed")
+    if trace and trace.verdict:
+        classes.append(f"is-{trace.verdict}")
+    return TokenPicture(text=reply.text, classes=" ".join(classes), facts=", ".join(facts))

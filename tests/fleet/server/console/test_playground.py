@@ -74,7 +74,7 @@ def test_the_page_lists_devices_that_are_online_and_has_no_inline_code(console: 
 
 def test_a_form_without_a_script_returns_the_whole_answer(console: Browser) -> None:
     text = page(console, "POST", FORM)
-    tokens = re.findall(r'<span class="glass-token ([\w-]+)" title="([^"]*)">', text)
+    tokens = re.findall(r'<span class="glass-token ([\w -]+)" title="([^"]*)">', text)
     assert 0 < len(tokens) <= 12
     assert all("by the cloud in round trip" in facts for _, facts in tokens)
     assert "<caption>Round trips</caption>" in text
@@ -134,7 +134,8 @@ def test_the_picture_of_an_answer_that_failed() -> None:
     assert picture.tokens[0].facts == (
         "exit:3, confidence 50%, log-probability -0.500, copied from an earlier text"
     )
-    assert [token.colour for token in picture.tokens] == ["source-exit1", "source-exit0"]
+    classes = [token.classes for token in picture.tokens]
+    assert classes == ["source-exit1 is-proposed", "source-exit0"]
     assert [(trip.ms, trip.dropped) for trip in picture.trips] == [(None, ())]
     assert picture.error
 
