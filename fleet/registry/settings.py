@@ -21,7 +21,7 @@ from fleet.protocol.desired_config import (
 from fleet.registry.audit import audit
 from fleet.registry.database import CONFIG_LOCK, acquire_lock
 from fleet.registry.identities.devices import check_device, is_device
-from fleet.registry.models import ConfigChange, IdentityRecord
+from fleet.registry.models import ConfigChange, IdentityRecord, StatusRecord
 from fleet.registry.targets import Scope, Target
 from fleet.registry.transactions import Repository
 
@@ -109,6 +109,39 @@ class DesiredStateRepository(Repository):
         """Return the newest settings of `target` itself, and their version."""
         with self._transactions.reading() as db:
             return _settings_by_target(db).get(target, NO_SETTINGS)
+
+    def lags(self, group: str | None = None) -> tuple[dict[str, int], int]:
+        """Return the desired versions of the devices that do not follow, and the number compared.
+
+        Such a device has another version, or reports a problem. With `group` only its devices are
+        compared.
+        """
+        query = (
+            select(
+                IdentityRecord.name,
+                IdentityRecord.group,
+                StatusRecord.config_version,
+                StatusRecord.config_error.is_not(None),
+            )
+            .outerjoin(StatusRecord, StatusRecord.device == IdentityRecord.name)
+            .where(is_device())
+            .order_by(IdentityRecord.name)
+        )
+        if group is not None:
+            query = query.where(IdentityRecord.group == group)
+        with self._transactions.reading() as db:
+            versions = {(each.scope, each.name): n for each, n in _newest_versions(db).items()}
+            rows = db.execute(query).all()
+        desired = {
+            name: max(
+                versions.get((Scope.ALL, ""), 0),
+                versions.get((Scope.GROUP, own_group), 0),
+                versions.get((Scope.DEVICE, name), 0),
+            )
+            for name, own_group, *_ in rows
+        }
+        behind = [name for name, _, version, bad in rows if bad or desired[name] != (version or 0)]
+        return {name: desired[name] for name in behind}, len(rows)
 
     def configs(self, devices: Iterable[str] | None = None) -> dict[str, DesiredConfig]:
         """Return the desired configuration of each device, or of `devices`.
@@ -207,6 +240,13 @@ def _settings_by_target(db: Session) -> dict[Target, VersionedSettings]:
         )
         for row in db.scalars(select(ConfigChange).where(ConfigChange.id.in_(newest)))
     }
+
+
+def _newest_versions(db: Session) -> dict[Target, int]:
+    """Return the version of the settings of each target that has some."""
+    row = ConfigChange
+    newest = select(row.scope, row.target, func.max(row.id)).group_by(row.scope, row.target)
+    return {Target(Scope(scope), target): version for scope, target, version in db.execute(newest)}
 
 
 def _add_change(db: Session, actor: str, target: Target, settings: Settings) -> int:

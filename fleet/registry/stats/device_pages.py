@@ -37,7 +37,7 @@ class DevicePage(NamedTuple):
     has_more: bool
 
 
-def device_page(
+def page_of_devices(
     db: Session, wanted: DeviceFilter, after: str | None, limit: int, now: float
 ) -> DevicePage:
     """Return at most `limit` devices that follow the device `after` in the order of the list."""

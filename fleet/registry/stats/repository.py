@@ -32,7 +32,7 @@ from fleet.registry.results import (
     StatsRow,
     WorkerRow,
 )
-from fleet.registry.stats.device_pages import DeviceFilter, DevicePage, device_page
+from fleet.registry.stats.device_pages import DeviceFilter, DevicePage, page_of_devices
 from fleet.registry.stats.ingest import (
     DeviceKey,
     IngestOutcome,
@@ -132,17 +132,17 @@ class StatsRepository(Repository):
                 for row in db.scalars(select(WorkerRecord).order_by(WorkerRecord.worker))
             ]
 
-    def devices(self) -> list[DeviceRow]:
-        """Return every enrolled device, by name."""
+    def devices(self, names: Sequence[str] | None = None) -> list[DeviceRow]:
+        """Return every enrolled device, or those of some names, by name."""
         with self._transactions.reading() as db:
-            return _device_rows(db)
+            return _device_rows(db, names)
 
     def device_page(
         self, wanted: DeviceFilter, after: str | None = None, limit: int = 100
     ) -> tuple[list[DeviceRow], DevicePage]:
         """Return a page of devices, which follow the device `after`, and its names and counts."""
         with self._transactions.reading() as db:
-            page = device_page(db, wanted, after, limit, time.time())
+            page = page_of_devices(db, wanted, after, limit, time.time())
             rows = {row.device: row for row in _device_rows(db, page.names)}
             return [rows[name] for name in page.names], page
 

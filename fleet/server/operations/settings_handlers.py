@@ -130,15 +130,11 @@ def _change(
 
 def _list_config_lags(context: OperationContext, query: LagQuery) -> ConfigLagList:
     """Return a page of the devices that do not follow."""
-    desired = context.registry.desired_state.configs()
-    rows = [
-        _lag(row, desired[row.device].version)
-        for row in context.registry.stats.devices()
-        if query.group in (None, row.group) and row.device in desired
-    ]
-    behind = [row for row in rows if row.wanted_version != row.config_version or row.config_error]
-    lags, next_page = page_of(behind, query, lambda row: row.device)
-    return ConfigLagList(lags=lags, num_devices=len(rows), next_page=next_page)
+    desired, num_devices = context.registry.desired_state.lags(query.group)
+    names, next_page = page_of(list(desired), query, str)
+    rows = context.registry.stats.devices(names)
+    lags = [_lag(row, desired[row.device]) for row in rows]
+    return ConfigLagList(lags=lags, num_devices=num_devices, next_page=next_page)
 
 
 def _lag(row: DeviceRow, desired_version: int) -> ConfigLag:
