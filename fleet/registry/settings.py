@@ -135,7 +135,7 @@ class DesiredStateRepository(Repository):
         desired = {
             name: max(
                 versions.get((Scope.ALL, ""), 0),
-                versions.get((Scope.GROUP, own_group), 0),
+                versions.get((Scope.GROUP, own_group or ""), 0),
                 versions.get((Scope.DEVICE, name), 0),
             )
             for name, own_group, *_ in rows

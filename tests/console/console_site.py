@@ -11,7 +11,10 @@ from fleet.http_api.api_address import ApiAddress
 from fleet.operator_api.operation import OperatorRole
 from fleet.registry.store import Registry
 from fleet.server.console.console_server import ConsoleServer
+from fleet.server.console.pages.page_routes import page_routes
+from fleet.server.console.playground import Playground
 from fleet.server.operations.context import OperationContext
+from fleet.transport.in_memory import InMemoryBroker
 from tests.console.web_client import WebClient, sign_in
 from tests.fleet.operator_api.api_fleet import make_fleet
 
@@ -58,8 +61,15 @@ class ConsoleSite:
 def console_site(folder: Path) -> Iterator[ConsoleSite]:
     """Run the console of a new fleet."""
     home = make_fleet(folder / "home")
+    address = ApiAddress("127.0.0.1", 0)
     with (
         home.registry("tests") as registry,
-        ConsoleServer(ApiAddress("127.0.0.1", 0), OperationContext(registry, home), None) as server,
+        Playground(InMemoryBroker().connect("console")) as playground,
+        ConsoleServer(
+            address,
+            OperationContext(registry, home),
+            None,
+            [page_routes, playground.routes],
+        ) as server,
     ):
         yield ConsoleSite(server, registry)

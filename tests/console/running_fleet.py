@@ -1,4 +1,4 @@
-"""A fleet over a real broker: `fleet server` with its console, two devices, and a worker."""
+"""A fleet over a real broker: `fleet server` with its console, two devices, two workers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ DEVICES = KITCHEN, CELLAR = "kitchen", "cellar"
 AWAY: Final = "attic"
 """A device that is enrolled and never starts: the canary of the roll-out under way."""
 
-WORKER: Final = "cloud-1"
+WORKERS = WORKER, NEXT_WORKER = "cloud-1", "cloud-2"
 APP: Final = "display"
 NUM_ANSWERS: Final = 2
 NUM_TOKENS: Final = 12
@@ -45,7 +45,7 @@ class RunningFleet:
 
     def __init__(self, folder: Path, bundle: Bundle, next_bundle: Bundle, stack: ExitStack) -> None:
         self._stack = stack
-        self._folder = folder
+        self.folder = folder
         config = FleetConfig(
             host=HOST, port=free_port(), bundle=str(bundle.folder), service_port=free_port()
         )
@@ -54,7 +54,8 @@ class RunningFleet:
         self.home.keep_bundle(next_bundle.folder)
         for name in (*DEVICES, AWAY):
             self.home.enroll(name, Role.DEVICE, folder / name, group="house")
-        self.home.enroll(WORKER, Role.WORKER, folder / WORKER)
+        for name in WORKERS:
+            self.home.enroll(name, Role.WORKER, folder / name)
         self.home.enroll(APP, Role.APP, folder / APP, allow=DEVICES)
         self.registry = stack.enter_context(self.home.registry("tests"))
         self.registry.identities.move(AWAY, "roof")
@@ -65,7 +66,8 @@ class RunningFleet:
         assert url is not None
         self.url: str = url
         self.port = urlsplit(url).port or 0
-        self.worker = self._start_worker(bundle)
+        self._start_worker(WORKER, bundle)
+        self._start_worker(NEXT_WORKER, next_bundle)
         self.agents = {name: self._start_device(name, bundle) for name in DEVICES}
         self.app = PromptClient(self._connect(APP))
         for name in DEVICES * NUM_ANSWERS:
@@ -75,17 +77,17 @@ class RunningFleet:
         self.registry.rollouts.start(next_bundle.manifest.bundle_id, plan)
 
     def _connect(self, name: str, will: Will | None = None) -> MqttTransport:
-        identity = Identity.load(self._folder / name)
+        identity = Identity.load(self.folder / name)
         return self._stack.enter_context(MqttTransport.connect(identity, will=will))
 
-    def _start_worker(self, bundle: Bundle) -> Worker:
-        link = self._connect(WORKER, Will(topics.worker_status(WORKER), Worker.will()))
+    def _start_worker(self, name: str, bundle: Bundle) -> None:
+        link = self._connect(name, Will(topics.worker_status(name), Worker.will()))
         config = WorkerConfig(num_threads=1, shared_opens=False)
-        return self._stack.enter_context(Worker(link, bundle, config))
+        self._stack.enter_context(Worker(link, bundle, config))
 
     def _start_device(self, name: str, bundle: Bundle) -> Agent:
         link = self._connect(name, Will(topics.device_status(name), Agent.will()))
-        outbox = self._folder / name / REPORTS_FILE
+        outbox = self.folder / name / REPORTS_FILE
         return self._stack.enter_context(Agent(link, bundle, AgentConfig(num_threads=1), outbox))
 
     def ask(self, device: str, prompt: str = "How warm is it?") -> str:
@@ -98,9 +100,9 @@ class RunningFleet:
         counted = {row.device: row.generations for row in rows if row.generations}
         return counted == dict.fromkeys(DEVICES, NUM_ANSWERS)
 
-    def client_of(self, role: OperatorRole) -> WebClient:
-        """Return a client that is signed in as the operator with the name of a role."""
-        return sign_in(self.registry, role.value, self.port)
+    def client_of(self, name: str) -> WebClient:
+        """Return a client that is signed in as an operator."""
+        return sign_in(self.registry, name, self.port)
 
     def new_link(self, role: OperatorRole) -> str:
         """Return the address that signs an operator in once."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import socket
 from collections import Counter
 from collections.abc import Iterator
@@ -172,7 +173,7 @@ def test_no_path_leads_to_another_site(site: ConsoleSite, path: str) -> None:
     for client in (site.visitor(), site.admin):
         answer = client.get(path)
         assert answer.headers.get("Location", "/sign-in") == "/sign-in"
-        assert b"evil" not in answer.body
+        assert not re.search(r"""(href|action|src)=["'](https?:|/[/\\])""", answer.text)
 
 
 @pytest.mark.parametrize(
@@ -275,3 +276,73 @@ def test_a_request_that_two_programs_may_read_differently_ends_the_connection(
 def test_other_methods_are_refused(site: ConsoleSite, method: str) -> None:
     answer = site.admin.send(method, DEVICES, headers=SAME_ORIGIN)
     assert answer.status == 405
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"name": "top_k", "value": "[" * 10_000},
+        {"name": "top_k", "value": "9" * 5000},
+        {"name": "top_k", "value": "3", "version": "9" * 5000},
+        {"name": "top_k", "value": '"\\ud800"'},
+        {"name": "top_k", "value": "\x00"},
+        {"name": "threshold", "value": "NaN"},
+        {"name": "__class__", "value": "1"},
+        {"name": "__class__", "remove": "1"},
+        {"name": "top_k", "value": "1", "target": "device:<script>"},
+        {"name": "<script>", "value": "<script>"},
+        {},
+    ],
+    ids=range(11),
+)
+def test_a_hostile_form_is_refused_on_a_page(site: ConsoleSite, fields: dict[str, str]) -> None:
+    answer = site.admin.post_form("/settings", **fields)
+    assert answer.status == 400
+    assert answer.headers["Content-Type"].startswith("text/html")
+    assert "<script>" not in answer.text
+    assert len(answer.body) < 20_000
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (b"name=%ff&value=\xff", FORM["Content-Type"]),
+        (b"name=a", "application/x-www-form-urlencoded; charset=nonsense"),
+        (b"x", "multipart/form-data"),
+        (b"&".join(b"a%d=1" % i for i in range(5000)), FORM["Content-Type"]),
+        (b"name=" + b"a" * 3_000_000, FORM["Content-Type"]),
+    ],
+    ids=["no UTF-8", "no charset", "no boundary", "5,000 fields", "3 MB"],
+)
+def test_bytes_that_are_no_form_of_a_page_are_refused(
+    site: ConsoleSite, body: bytes, kind: str
+) -> None:
+    answer = site.admin.send("POST", "/settings", body, {"Content-Type": kind} | SAME_ORIGIN)
+    assert answer.status in (400, 413)
+
+
+@pytest.mark.parametrize("name", HOSTILE_NAMES[:6], ids=range(6))
+@pytest.mark.parametrize(
+    "address",
+    [
+        "/devices?search={}",
+        "/devices?group={}&tag={}&state={}&status={}&sort={}&after={}",
+        "/sessions?device={}",
+        "/sessions?after={}",
+        "/settings?target={}",
+        "/identities?role={}&after={}",
+        "/audit?subject={}&action={}",
+        "/audit?after={}",
+        "/rollouts?after={}",
+        "/devices/{}",
+        "/?notice={}",
+        "/playground?device={}",
+    ],
+)
+def test_a_hostile_address_is_text_on_its_page(site: ConsoleSite, name: str, address: str) -> None:
+    escaped = "".join(f"%{byte:02x}" for byte in name.encode())
+    answer = site.admin.get(address.replace("{}", escaped))
+    assert answer.status in (200, 400, 404)
+    assert "<script>" not in answer.text
+    assert "<img" not in answer.text
+    assert "Set-Cookie" not in answer.headers

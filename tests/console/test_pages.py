@@ -24,7 +24,7 @@ from tests.console.running_fleet import DEVICES, RunningFleet
 from tests.console.web_client import WebClient
 
 NO_PAGES: Final = (PREFIX, "/static/", "/healthz")
-FIELDS: Final = {"device": DEVICES[0]}
+FIELDS: Final = {"device": DEVICES[0], "rollout": "1"}
 """A value of each field in the paths of pages."""
 
 

@@ -10,7 +10,7 @@ from aiohttp import web
 
 from fleet.operator_api.operation import PREFIX
 from tests.console.console_site import LEVELS, ConsoleSite
-from tests.console.web_client import JSON, SAME_ORIGIN, Received, WebClient
+from tests.console.web_client import Received, WebClient
 
 API: Final = """
 viewer   GET    /audit
@@ -35,6 +35,7 @@ viewer   GET    /statistics/groups
 viewer   GET    /statistics/hours
 viewer   GET    /workers
 operator PATCH  /settings/{target}
+operator POST   /devices/{device}/prompts
 operator POST   /rollouts
 operator POST   /rollouts/pause
 operator POST   /rollouts/resume
@@ -66,12 +67,34 @@ admin    PUT    /operators/{name}/role
 """
 """The least role of each route of the API."""
 
-OTHERS: Final = """
-public GET    /healthz
-public GET    /sign-in
-public GET    /static/{digest}/{name}
-public POST   /sign-in
-viewer POST   /sign-out
+OTHERS: Final = r"""
+public   GET  /healthz
+public   GET  /sign-in
+public   GET  /static/{digest}/{name}
+public   POST /sign-in
+viewer   GET  /
+viewer   GET  /audit
+viewer   GET  /bundles
+viewer   GET  /devices
+viewer   GET  /devices/{device}
+viewer   GET  /doctor
+viewer   GET  /enrolment
+viewer   GET  /identities
+viewer   GET  /rollouts
+viewer   GET  /rollouts/{rollout}
+viewer   GET  /sessions
+viewer   GET  /settings
+viewer   GET  /workers
+viewer   POST /sign-out
+operator GET  /playground
+operator POST /playground
+operator POST /rollouts/{rollout}/{change}
+operator POST /settings
+admin    GET  /operators
+admin    POST /devices/{device}/{change}
+admin    POST /enrolment
+admin    POST /operators
+admin    POST /operators/{name}/{change}
 """
 """The least role of each other route; public needs no session."""
 
@@ -82,13 +105,25 @@ def rows(table: str, prefix: str = "") -> dict[tuple[str, str], str]:
     return {(method, prefix + path): role for role, method, path in lines}
 
 
+EXAMPLES: Final = {
+    "/rollouts/{rollout}": "/rollouts/999",
+    "/rollouts/{rollout}/{change}": "/rollouts/999/pause",
+    "/devices/{device}/{change}": "/devices/no-such-thing/suspend",
+    "/operators/{name}/{change}": "/operators/no-such-thing/remove",
+}
+"""Paths whose fields have to be of a kind."""
+
 ROLES: Final = rows(API, PREFIX) | rows(OTHERS)
 
 
 def ask(client: WebClient, method: str, path: str) -> Received:
-    """Send a request with a body that no operation accepts."""
-    path = re.sub(r"\{\w+\}", "no-such-thing", path)
-    return client.send(method, path, "{}" if method != "GET" else b"", JSON | SAME_ORIGIN)
+    """Send a request with a body that no operation accepts; an unknown page is no page."""
+    path = re.sub(r"\{\w+\}", "no-such-thing", EXAMPLES.get(path, path))
+    if method == "GET":
+        return client.get(path)
+    if path.startswith(PREFIX):
+        return client.post_json(path, {}, method)
+    return client.post_form(path)
 
 
 def is_refused(received: Received) -> bool:

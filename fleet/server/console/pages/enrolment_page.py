@@ -6,7 +6,7 @@ from typing import Final
 
 from aiohttp import web
 
-from fleet.errors import FleetError
+from fleet.errors import AccessError, FleetError
 from fleet.identity.enrolment import Enrolment
 from fleet.operator_api.identity_operations import (
     ENROLL,
@@ -37,6 +37,8 @@ async def enroll_device_form(page: Page) -> web.StreamResponse:
     order = EnrolmentOrder(enrolments=(Enrolment(name=name, group=group),))
     try:
         made = await page.call(ENROLL, order)
+    except AccessError:
+        raise
     except FleetError as error:
         return await _show(page, problem=str(error), name=name, group=group or "")
     return await _show(page, invitation=made.invitations[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from fleet.errors import FleetError
+from fleet.errors import AccessError, FleetError
 from fleet.operator_api.operation import NoFields, OperatorRole
 from fleet.operator_api.operator_operations import (
     ADD_OPERATOR,
@@ -34,6 +34,8 @@ async def add_operator_form(page: Page) -> web.StreamResponse:
     chosen = OperatorRole(role) if role in list(OperatorRole) else OperatorRole.VIEWER
     try:
         link = await page.call(ADD_OPERATOR, NewOperator(name=name, role=chosen))
+    except AccessError:
+        raise
     except FleetError as error:
         return await _show(page, problem=str(error), name=name)
     return await _show(page, link=link)

@@ -10,7 +10,7 @@ from typing import Any, Final, TypeAlias
 
 from aiohttp import web
 
-from fleet.errors import FleetError
+from fleet.errors import AccessError, FleetError
 from fleet.operator_api.operation import (
     Operation,
     OperatorRole,
@@ -96,9 +96,15 @@ def see(path: str, notice: str = "") -> web.Response:
 
 
 async def changed(change: Awaitable[object]) -> str:
-    """Wait for a change; return "", or the message of its error."""
+    """Wait for a change; return "", or the message of its error.
+
+    Raises:
+        AccessError: the operator may not make this change.
+    """
     try:
         await change
+    except AccessError:
+        raise
     except FleetError as error:
         return str(error)
     return ""
