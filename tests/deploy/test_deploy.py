@@ -402,3 +402,49 @@ def test_workers_are_scaled_by_metrics_that_exist(exposed: set[str]) -> None:
     used = queried(trigger["metadata"]["query"] for trigger in scaled["triggers"])
     assert used
     assert used <= exposed
+
+
+# Alerting rules.
+
+(ALERTS,) = documents(DEPLOY / "compose/alerts.yaml")
+RULES = [rule for group in ALERTS["groups"] for rule in group["rules"]]
+DURATION = re.compile(r"[1-9]\d*[smhd]")
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
+def test_every_alerting_rule_is_complete_and_its_metrics_exist(
+    rule: dict[str, Any], exposed: set[str]
+) -> None:
+    assert rule.keys() == {"alert", "expr", "for", "labels", "annotations"}
+    assert DURATION.fullmatch(rule["for"])
+    assert rule["labels"]["severity"] in ("warning", "critical")
+    assert rule["annotations"].keys() == {"summary", "description"}
+    assert all(text.endswith(".") for text in rule["annotations"].values())
+    assert rule["expr"].count("(") == rule["expr"].count(")")
+    used = queried([rule["expr"]])
+    assert used
+    assert used <= exposed
+
+
+def test_alerting_rules_have_unique_names() -> None:
+    names = [rule["alert"] for rule in RULES]
+    assert len(set(names)) == len(names)
+
+
+def test_a_label_in_a_text_is_one_that_its_expression_keeps() -> None:
+    for rule in RULES:
+        kept = {"instance"} if "by (" not in rule["expr"] else set()
+        kept |= {
+            name.strip()
+            for names in re.findall(r"by \(([^)]*)\)", rule["expr"])
+            for name in names.split(",")
+        }
+        used = re.findall(r"\$labels\.(\w+)", " ".join(rule["annotations"].values()))
+        assert set(used) <= kept, rule["alert"]
+
+
+def test_the_prometheus_of_compose_reads_the_alerting_rules() -> None:
+    (prometheus,) = documents(DEPLOY / "compose/prometheus.yaml")
+    volumes = compose()["services"]["prometheus"]["volumes"]
+    assert prometheus["rule_files"] == ["alerts.yaml"]
+    assert "./alerts.yaml:/etc/prometheus/alerts.yaml:ro" in volumes
