@@ -33,6 +33,7 @@ from fleet.protocol.report import (
 from fleet.protocol.types import MAX_LABEL_LENGTH
 from fleet.registry.stats.ingest import DeviceKey, IngestOutcome, ReceivedStatus
 from fleet.registry.store import Registry
+from fleet.server.answer_durations import AnswerDurations
 from fleet.server.collector_queue import Batch, CollectorQueue
 from fleet.server.report_admission import DeviceVolumes, ReportRules, report_cost
 from fleet.server.shared_identities import SHARED_IDENTITY, SharedIdentityDetector
@@ -67,9 +68,9 @@ class Collector:
     stored.
 
     `rules` are the bounds of a plausible report. `reports` counts reports: stored, repeated,
-    refused, dropped. The thread calls `on_cycle`, for a watchdog, before each batch and before each
-    attempt to use the registry. The longest pause between two calls is `WAIT_S` seconds, or
-    `MAX_RETRY_S` while the registry is away.
+    refused, dropped; `durations` has the times of those stored. The thread calls `on_cycle`, for a
+    watchdog, before each batch and before each attempt to use the registry. The longest pause
+    between two calls is `WAIT_S` seconds, or `MAX_RETRY_S` while the registry is away.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Collector:
         rules: ReportRules = DEFAULT_RULES,
     ) -> None:
         self.reports = Counter(stored=0, repeated=0, refused=0, dropped=0)
+        self.durations = AnswerDurations()
         self._transport = transport
         self._stats = registry.stats
         self._audit_log = registry.audit_log
@@ -188,7 +190,11 @@ class Collector:
         if batch.statuses:
             ready |= self._store_statuses(batch.statuses)
         if batch.reports:
-            self._acknowledge(self._retry(lambda: self._stats.record_reports(batch.reports)))
+            outcomes = self._retry(lambda: self._stats.record_reports(batch.reports))
+            for key, outcome in outcomes.items():
+                if outcome is True:
+                    self.durations.add(batch.reports[key])
+            self._acknowledge(outcomes)
         for device in ready:
             self._send_receipt(device, ReportReceipt())
 

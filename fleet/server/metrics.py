@@ -8,19 +8,27 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from prometheus_client import Metric
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+)
 
 from fleet.errors import RegistryError
 from fleet.protocol.modes import offload_rate
 
 if TYPE_CHECKING:
     from fleet.registry.store import Registry
+    from fleet.server.answer_durations import AnswerDurations
     from fleet.server.collector import Collector
     from fleet.transport.base import Transport
 
 Family = TypeVar("Family", CounterMetricFamily, GaugeMetricFamily)
 Labels = TypeVar("Labels", bound=tuple[str, ...])
 NO_GROUP = ""
+GEN_AI_LABELS = ("gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_response_model")
+OPERATION = "chat"
+PROVIDER = "cecollm_fleet"
 
 
 class Broker(Protocol):
@@ -80,6 +88,7 @@ class FleetMonitor:
         )
         outcomes = dict(self._collector.reports)
         yield add_samples(reports, {(outcome,): n for outcome, n in outcomes.items()})
+        yield from _duration_metrics(self._collector.durations)
         yield GaugeMetricFamily(
             "fleet_connected", "1 while the collector is connected.", int(self._link.is_up)
         )
@@ -119,6 +128,15 @@ def _group_metrics(counts: GroupCounts) -> Iterable[Metric]:
         "fleet_session_bytes", "Between devices and workers.", labels=["group", "direction"]
     )
     yield add_samples(session_bytes, counts.num_bytes)
+
+
+def _duration_metrics(durations: AnswerDurations) -> Iterable[Metric]:
+    """Yield the histograms of OpenTelemetry, with the names of its attributes as labels."""
+    for metric, by_bundle in durations.read().items():
+        family = HistogramMetricFamily(metric.name, metric.text, labels=GEN_AI_LABELS)
+        for bundle_id, (buckets, sum_s) in by_bundle.items():
+            family.add_metric([OPERATION, PROVIDER, bundle_id], buckets, sum_s)
+        yield family
 
 
 def add_samples(family: Family, values: Mapping[Labels, float]) -> Family:

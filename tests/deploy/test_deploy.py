@@ -381,7 +381,7 @@ def sample_names(family: Metric) -> set[str]:
 
 
 def queried(queries: Iterable[str]) -> set[str]:
-    return set(re.findall(r"\b(?:fleet|process)_\w+", " ".join(queries)))
+    return set(re.findall(r"\b(?:fleet|gen_ai|process)_\w+", " ".join(queries)))
 
 
 def test_the_dashboard_shows_metrics_that_exist_and_leaves_none_of_ours_out(
@@ -392,7 +392,8 @@ def test_the_dashboard_shows_metrics_that_exist_and_leaves_none_of_ours_out(
         target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])
     )
     assert shown <= exposed
-    ours = {name.removesuffix("_bucket") for name in exposed if name.startswith("fleet_")}
+    own = [name for name in exposed if name.startswith(("fleet_", "gen_ai_"))]
+    ours = {name.removesuffix("_bucket") for name in own}
     bare = {name.removesuffix("_bucket") for name in shown}
     assert {name for name in ours - bare if not name.endswith(("_sum", "_count"))} == set()
 

@@ -122,3 +122,24 @@ def test_a_registry_that_cannot_answer_fails_the_scrape_and_not_the_process(
         assert "the registry" in reason
         assert get(f"{running.url}/metrics") == (503, reason)
         assert get(f"{running.url}/healthz") == (200, "ok\n")
+
+
+def test_times_of_answers_have_the_names_and_labels_of_opentelemetry(registry: Registry) -> None:
+    add(registry, "edge-1")
+    labels = 'gen_ai_operation_name="chat",gen_ai_provider_name="cecollm_fleet"'
+    with server(registry) as (running, device):
+        failed = report("g2", finish_reason="error", ttft_ms=3000.0)
+        for each in (report("g1"), report("g1"), failed):
+            device.publish(topics.device_stats("edge-1"), encode_report(each), qos=1)
+
+        def counts() -> list[float]:
+            samples = scrape(running.url)
+            return [
+                samples.get(
+                    f'gen_ai_server_{name}_seconds_count{{{labels},gen_ai_response_model="b1"}}', 0
+                )
+                for name in ("request_duration", "time_to_first_token", "time_per_output_token")
+            ]
+
+        wait_until(lambda: counts()[0] == 2, "both answers are counted, each once")
+        assert counts() == [2, 1, 1]
