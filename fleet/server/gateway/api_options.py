@@ -44,7 +44,9 @@ class ApiOptions:
             ConfigError: the address is none, or an option is missing.
         """
         if (cert is None) != (key is None) or (cert and address is None):
-            raise ConfigError(f"{option}, {option}-cert and {option}-cert-key: one is missing")
+            raise ConfigError(
+                f"{option}, {option}-cert and {option}-cert-key: one of them is missing"
+            )
         if address is None:
             return None
         return cls(
