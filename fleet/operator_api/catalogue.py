@@ -4,6 +4,16 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from fleet.operator_api.alarm_operations import (
+    ACKNOWLEDGE_ALARMS,
+    COUNT_ALARMS,
+    LIST_ALARM_EVENTS,
+    LIST_ALARM_RULES,
+    LIST_ALARMS,
+    MUTE_ALARMS,
+    SET_ALARM_RULE,
+    UNSET_ALARM_RULE,
+)
 from fleet.operator_api.audit_operations import CHECK_FLEET, LIST_CHANGES
 from fleet.operator_api.bundle_operations import (
     LIST_BUNDLES,
@@ -106,6 +116,14 @@ OPERATIONS: Final[tuple[Operation[Any, Any], ...]] = (
     REVOKE_KEY,
     LIST_CHANGES,
     CHECK_FLEET,
+    LIST_ALARMS,
+    COUNT_ALARMS,
+    LIST_ALARM_EVENTS,
+    ACKNOWLEDGE_ALARMS,
+    LIST_ALARM_RULES,
+    SET_ALARM_RULE,
+    UNSET_ALARM_RULE,
+    MUTE_ALARMS,
     LIST_OPERATORS,
     ADD_OPERATOR,
     SET_OPERATOR_ROLE,

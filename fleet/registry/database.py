@@ -56,6 +56,9 @@ NO_PATH: Final = re.compile(
 CONFIG_LOCK: Final = 0xCEC0_11A4
 """The advisory lock of a change to settings, which depends on the newest ones."""
 
+ALARM_LOCK: Final = 0xCEC0_11A5
+"""The advisory lock of a change to alarms: their events get ids in the order of their commits."""
+
 logging.getLogger("alembic").setLevel(logging.WARNING)  # it logs every ordinary start
 
 

@@ -282,6 +282,80 @@ class AuditRecord(Table):
     details: Mapped[dict[str, Any]] = mapped_column(JSON)
 
 
+class AlarmRuleRecord(Table):
+    """The rule of a kind of alarms for one target, as `fleet.registry.alarms.rules` merges it.
+
+    None leaves a value to the next wider scope. `target` is a device, a group, or "" for all.
+    """
+
+    __tablename__ = "alarm_rules"
+
+    kind: Mapped[Name] = mapped_column(primary_key=True)
+    scope: Mapped[str] = mapped_column(String(6), primary_key=True)
+    target: Mapped[Name] = mapped_column(primary_key=True)
+    enabled: Mapped[bool | None]
+    threshold: Mapped[float | None] = mapped_column(Double)
+    for_s: Mapped[float | None] = mapped_column(Double)
+    muted_until: Mapped[Time | None]
+
+
+class AlarmRecord(Table):
+    """The newest alarm of a kind about a subject; a later one replaces it under a higher `id`.
+
+    `state` is an `AlarmState`. `is_announced` means that an event told that it fires, which does
+    not happen before `muted_until`.
+    """
+
+    __tablename__ = "alarms"
+    __table_args__ = (UniqueConstraint("kind", "subject"), {"sqlite_autoincrement": True})
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    kind: Mapped[Name]
+    subject: Mapped[Label]
+    state: Mapped[Name]
+    summary: Mapped[str] = mapped_column(Text)
+    value: Mapped[float | None] = mapped_column(Double)
+    threshold: Mapped[float | None] = mapped_column(Double)
+    fired_at: Mapped[Time]
+    resolved_at: Mapped[Time | None]
+    muted_until: Mapped[Time | None]
+    is_announced: Mapped[bool]
+    acknowledged_by: Mapped[Label | None]
+    acknowledged_at: Mapped[Time | None]
+    note: Mapped[str] = mapped_column(Text)
+
+
+class AlarmEventRecord(Table):
+    """A change of an alarm: the history, and the outbox of deliveries. `id` is never used again.
+
+    `state` is an `AlarmChange`, `alarm` the id of the alarm, `by` the actor.
+    """
+
+    __tablename__ = "alarm_events"
+    __table_args__ = {"sqlite_autoincrement": True}
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    alarm: Mapped[Amount]
+    kind: Mapped[Name]
+    subject: Mapped[Label] = mapped_column(index=True)
+    state: Mapped[Name]
+    summary: Mapped[str] = mapped_column(Text)
+    value: Mapped[float | None] = mapped_column(Double)
+    threshold: Mapped[float | None] = mapped_column(Double)
+    at: Mapped[Time] = mapped_column(index=True)
+    by: Mapped[Label]
+    note: Mapped[str] = mapped_column(Text)
+
+
+class AlarmCursorRecord(Table):
+    """The newest event of alarms that was delivered to a target, or given up."""
+
+    __tablename__ = "alarm_cursors"
+
+    target: Mapped[Label] = mapped_column(primary_key=True)
+    event_id: Mapped[Amount]
+
+
 class SessionRecord(Table):
     """One session of a device with a worker, as its generations report it."""
 

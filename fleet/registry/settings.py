@@ -60,7 +60,7 @@ class DesiredStateRepository(Repository):
         """
 
         def work(db: Session) -> int:
-            _check_target(db, target)
+            check_settings_target(db, target)
             acquire_lock(db, CONFIG_LOCK)
             if if_version is not None:
                 _check_version(db, target, if_version)
@@ -79,7 +79,7 @@ class DesiredStateRepository(Repository):
         """
 
         def work(db: Session) -> int:
-            _check_target(db, target)
+            check_settings_target(db, target)
             acquire_lock(db, CONFIG_LOCK)
             for narrower, newest in _settings_by_target(db).items():
                 if newest.settings.software and _is_narrower(db, narrower, target):
@@ -285,7 +285,8 @@ def _is_narrower(db: Session, narrower: Target, target: Target) -> bool:
     return record is not None and record.group == target.name
 
 
-def _check_target(db: Session, target: Target) -> None:
+def check_settings_target(db: Session, target: Target) -> None:
+    """Raise UnknownDeviceError or ConfigError unless a target has a device."""
     if target.scope is Scope.DEVICE:
         check_device(db, target.name)
     elif target.scope is Scope.GROUP and not db.scalar(

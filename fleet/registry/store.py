@@ -8,6 +8,7 @@ from typing import Self
 
 from sqlalchemy import Engine
 
+from fleet.registry.alarms.repository import AlarmRepository
 from fleet.registry.audit import AuditLog
 from fleet.registry.database import open_database
 from fleet.registry.identities.key_repository import ApiKeyRepository
@@ -35,6 +36,7 @@ class Registry:
         self.desired_state = DesiredStateRepository(transactions, actor)
         self.rollouts = RolloutRepository(transactions, actor)
         self.stats = StatsRepository(transactions, actor)
+        self.alarms = AlarmRepository(transactions, actor)
         self.audit_log = AuditLog(transactions, actor)
         self._engine = engine
 

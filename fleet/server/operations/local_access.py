@@ -7,6 +7,7 @@ from typing import Final
 
 from fleet.operator_api.fleet_access import FleetAccess
 from fleet.operator_api.operation import Operation, Request, Response
+from fleet.server.operations.alarm_handlers import ALARM_HANDLERS
 from fleet.server.operations.audit_handlers import AUDIT_HANDLERS
 from fleet.server.operations.bundle_handlers import BUNDLE_HANDLERS
 from fleet.server.operations.context import Handlers, OperationContext
@@ -25,6 +26,7 @@ HANDLERS: Final[Handlers] = {
     **SOFTWARE_HANDLERS,
     **IDENTITY_HANDLERS,
     **AUDIT_HANDLERS,
+    **ALARM_HANDLERS,
     **OPERATOR_HANDLERS,
 }
 

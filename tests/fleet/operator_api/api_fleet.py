@@ -19,8 +19,12 @@ from fleet.operator_api.operation import OperatorRole, SignedInOperator
 from fleet.operator_api.remote_access import RemoteAccess
 from fleet.protocol.access import Role
 from fleet.protocol.report import DeviceStatus, WorkerStatus
+from fleet.registry.alarms.alarm_kinds import AlarmKind
+from fleet.registry.alarms.rules import AlarmRuleValues
+from fleet.registry.alarms.transitions import AlarmCondition, AlarmEvaluation
 from fleet.registry.rollouts.plan import RolloutPlan
 from fleet.registry.store import Registry
+from fleet.registry.targets import Scope, Target
 from fleet.server.console.api_errors import problem_response
 from fleet.server.console.api_routes import OPERATOR, OperatorApi
 from fleet.server.console.blocking_calls import BlockingCalls
@@ -74,6 +78,28 @@ def _fill(registry: Registry) -> None:
     registry.rollouts.add_bundle(BUNDLE, "tiny", 1000)
     registry.rollouts.add_bundle(SPARE_BUNDLE, "tiny", 1000)
     registry.rollouts.start(BUNDLE, RolloutPlan(group="lab"))
+    _fire_alarms(registry)
+
+
+def _fire_alarms(registry: Registry) -> None:
+    conditions = [
+        AlarmCondition(kind=AlarmKind.OFFLINE, subject="attic", summary="attic is offline"),
+        AlarmCondition(
+            kind=AlarmKind.OFFLOAD,
+            subject="kitchen",
+            summary="90% of the tokens",
+            value=0.9,
+            threshold=0.8,
+        ),
+    ]
+    found = {each.key: each for each in conditions}
+    registry.alarms.apply(AlarmEvaluation(found, found), 2000.0)
+    registry.alarms.apply(AlarmEvaluation({}, ()), 3000.0)
+    del found[AlarmKind.OFFLOAD, "kitchen"]
+    registry.alarms.apply(AlarmEvaluation(found, found), 4000.0)
+    registry.alarms.set_rule(
+        AlarmKind.OFFLINE, Target(Scope.GROUP, "house"), AlarmRuleValues(for_s=60.0)
+    )
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from fleet.errors import (
     UnknownDeviceError,
 )
 from fleet.identity.enrolment import Enrolment
+from fleet.operator_api import alarm_operations as alarms
 from fleet.operator_api import audit_operations as audit
 from fleet.operator_api import bundle_operations as bundles
 from fleet.operator_api import device_operations as devices
@@ -36,6 +37,7 @@ from fleet.operator_api.catalogue import OPERATIONS
 from fleet.operator_api.fleet_access import FleetAccess
 from fleet.operator_api.operation import NoFields, Operation, OperatorRole
 from fleet.protocol.access import Role
+from fleet.registry.alarms.alarm_kinds import AlarmKind
 from fleet.registry.rollouts.plan import RolloutPlan
 from fleet.server.home import FleetHome
 from fleet.server.operations.local_access import HANDLERS
@@ -170,6 +172,30 @@ CASES: Final = (
     Case(audit.LIST_CHANGES, audit.AuditQuery(limit=3)),
     Case(audit.LIST_CHANGES, audit.AuditQuery(subject="phone", since=1.0, after="1000")),
     Case(audit.CHECK_FLEET, NoFields()),
+    Case(alarms.LIST_ALARMS, alarms.AlarmQuery()),
+    Case(alarms.LIST_ALARMS, alarms.AlarmQuery(state="all", limit=1)),
+    Case(alarms.LIST_ALARMS, alarms.AlarmQuery(state="all", kind=AlarmKind.OFFLOAD, after="3")),
+    Case(alarms.COUNT_ALARMS, NoFields()),
+    Case(alarms.LIST_ALARM_EVENTS, alarms.AlarmEventQuery(subject="attic", limit=2)),
+    Case(alarms.LIST_ALARM_EVENTS, alarms.AlarmEventQuery(kind=AlarmKind.OFFLOAD)),
+    Case(alarms.ACKNOWLEDGE_ALARMS, alarms.Acknowledgement(alarms=(3,), note="on it")),
+    Case(alarms.LIST_ALARM_RULES, alarms.AlarmRuleQuery()),
+    Case(alarms.LIST_ALARM_RULES, alarms.AlarmRuleQuery(target="device:kitchen")),
+    Case(
+        alarms.SET_ALARM_RULE,
+        alarms.AlarmRuleChange(
+            target="group:house", kind=AlarmKind.OFFLOAD, threshold=0.5, for_s=60.0
+        ),
+    ),
+    Case(
+        alarms.UNSET_ALARM_RULE,
+        alarms.AlarmRuleKey(target="group:house", kind=AlarmKind.OFFLINE),
+    ),
+    Case(alarms.MUTE_ALARMS, alarms.AlarmSilence(target="device:kitchen", for_s=60.0)),
+    Case(
+        alarms.MUTE_ALARMS,
+        alarms.AlarmSilence(target="all", kind=AlarmKind.ERRORS, for_s=0.0),
+    ),
     Case(operators.LIST_OPERATORS, NoFields()),
     Case(operators.ADD_OPERATOR, operators.NewOperator(name="eve", role=OperatorRole.VIEWER)),
     Case(
@@ -245,6 +271,40 @@ FAILURES: Final = (
         software.VersionRollout(version="1.0.0", target="all"),
     ),
     (ConfigError, audit.LIST_CHANGES, audit.AuditQuery(after="yesterday")),
+    (ConfigError, alarms.LIST_ALARMS, alarms.AlarmQuery(after="yesterday")),
+    (ConfigError, alarms.ACKNOWLEDGE_ALARMS, alarms.Acknowledgement(alarms=(2,))),
+    (ConfigError, alarms.ACKNOWLEDGE_ALARMS, alarms.Acknowledgement(alarms=(3, 99))),
+    (ConfigError, alarms.LIST_ALARM_RULES, alarms.AlarmRuleQuery(target="kitchen")),
+    (
+        ConfigError,
+        alarms.SET_ALARM_RULE,
+        alarms.AlarmRuleChange(target="all", kind=AlarmKind.OFFLOAD, threshold=7.0),
+    ),
+    (
+        ConfigError,
+        alarms.SET_ALARM_RULE,
+        alarms.AlarmRuleChange(target="all", kind=AlarmKind.OFFLINE, threshold=0.5),
+    ),
+    (
+        ConfigError,
+        alarms.SET_ALARM_RULE,
+        alarms.AlarmRuleChange(target="all", kind=AlarmKind.OFFLINE),
+    ),
+    (
+        ConfigError,
+        alarms.SET_ALARM_RULE,
+        alarms.AlarmRuleChange(target="group:desert", kind=AlarmKind.OFFLINE, enabled=False),
+    ),
+    (
+        UnknownDeviceError,
+        alarms.MUTE_ALARMS,
+        alarms.AlarmSilence(target="device:oven", for_s=60.0),
+    ),
+    (
+        ConfigError,
+        alarms.UNSET_ALARM_RULE,
+        alarms.AlarmRuleKey(target="all", kind=AlarmKind.OFFLINE),
+    ),
     (ConfigError, stats.LIST_SESSIONS, stats.SessionQuery(after="yesterday")),
 )
 

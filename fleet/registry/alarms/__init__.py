@@ -1,0 +1,1 @@
+"""Alarms: their rules, their conditions, their states and events."""
