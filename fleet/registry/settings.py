@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Final, NamedTuple
 
 import msgspec
@@ -130,16 +130,9 @@ class DesiredStateRepository(Repository):
         if group is not None:
             query = query.where(IdentityRecord.group == group)
         with self._transactions.reading() as db:
-            versions = {(each.scope, each.name): n for each, n in _newest_versions(db).items()}
+            versions = newest_versions(db)
             rows = db.execute(query).all()
-        desired = {
-            name: max(
-                versions.get((Scope.ALL, ""), 0),
-                versions.get((Scope.GROUP, own_group or ""), 0),
-                versions.get((Scope.DEVICE, name), 0),
-            )
-            for name, own_group, *_ in rows
-        }
+        desired = {name: wanted_version(versions, name, own_group) for name, own_group, *_ in rows}
         behind = [name for name, _, version, bad in rows if bad or desired[name] != (version or 0)]
         return {name: desired[name] for name in behind}, len(rows)
 
@@ -242,11 +235,29 @@ def _settings_by_target(db: Session) -> dict[Target, VersionedSettings]:
     }
 
 
-def _newest_versions(db: Session) -> dict[Target, int]:
-    """Return the version of the settings of each target that has some."""
+def targets_with_thresholds(db: Session) -> set[Target]:
+    """Return the targets whose settings have other thresholds than those of a bundle."""
+    return {
+        target
+        for target, (_, settings) in _settings_by_target(db).items()
+        if settings.threshold is not None or settings.thresholds is not None
+    }
+
+
+def newest_versions(db: Session) -> dict[tuple[str, str], int]:
+    """Return the version of the settings of each scope and target that has some."""
     row = ConfigChange
     newest = select(row.scope, row.target, func.max(row.id)).group_by(row.scope, row.target)
-    return {Target(Scope(scope), target): version for scope, target, version in db.execute(newest)}
+    return {(scope, target): version for scope, target, version in db.execute(newest)}
+
+
+def wanted_version(versions: Mapping[tuple[str, str], int], device: str, group: str | None) -> int:
+    """Return the version of a device's desired settings from the `newest_versions`."""
+    return max(
+        versions.get((Scope.ALL, ""), 0),
+        versions.get((Scope.GROUP, group or ""), 0),
+        versions.get((Scope.DEVICE, device), 0),
+    )
 
 
 def _add_change(db: Session, actor: str, target: Target, settings: Settings) -> int:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import msgspec
 from msgspec import Meta, Struct
 
-from fleet.bundles.manifest import read_manifest
+from fleet.bundles.manifest import Manifest, read_manifest
 from fleet.bundles.software import SoftwareManifest, keep_software
 from fleet.bundles.store import delete_bundle, keep_bundle
 from fleet.errors import BundleError, ConfigError, FleetError, IdentityError
@@ -100,7 +100,7 @@ class FleetHome:
     def __init__(self, folder: Path, config: FleetConfig) -> None:
         self.folder = folder
         self.config = config
-        self._exits: dict[str, tuple[int, ...]] = {}  # a bundle never changes
+        self._manifests: dict[str, Manifest] = {}  # a bundle never changes
 
     @staticmethod
     def default_folder() -> Path:
@@ -352,9 +352,14 @@ class FleetHome:
 
     def bundle_exits(self, bundle_id: str) -> tuple[int, ...] | None:
         """The exits of a bundle; None when the fleet does not have it."""
-        if bundle_id not in self._exits and (folder := self.bundle_folder(bundle_id)):
-            self._exits[bundle_id] = read_manifest(folder).exits
-        return self._exits.get(bundle_id)
+        manifest = self.bundle_manifest(bundle_id)
+        return manifest.exits if manifest else None
+
+    def bundle_manifest(self, bundle_id: str) -> Manifest | None:
+        """The manifest of a bundle; None when the fleet does not have it. Raises BundleError."""
+        if bundle_id not in self._manifests and (folder := self.bundle_folder(bundle_id)):
+            self._manifests[bundle_id] = read_manifest(folder)
+        return self._manifests.get(bundle_id)
 
     def service(
         self, registry: Registry, listen: str, tls: ServerTls, authority: CertificateAuthority

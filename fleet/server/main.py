@@ -14,6 +14,7 @@ from fleet.identity.identity import ServerTls
 from fleet.protocol.access import Role
 from fleet.protocol.types import DAY_S
 from fleet.registry.store import Registry
+from fleet.server.alarm_evaluator import AlarmEvaluator, facts_from
 from fleet.server.certificate_renewal_task import CertificateRenewalTask
 from fleet.server.change_watcher import ChangeWatcher
 from fleet.server.collector import Collector
@@ -202,6 +203,7 @@ def _change_watcher(
     watcher.add(configs.publish)
     watcher.add(cleaner.clear)
     watcher.add(RolloutEngine(registry).step, periodic=True)
+    watcher.add(AlarmEvaluator(registry, facts_from(home), link).step, periodic=True)
     renewal = CertificateRenewalTask(home, folders, reloads, authority)
     watcher.add(renewal.run, periodic=True)
     for callback in (configs.reset, cleaner.reset, watcher.run_again):

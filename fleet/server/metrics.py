@@ -16,6 +16,7 @@ from prometheus_client.core import (
 
 from fleet.errors import RegistryError
 from fleet.protocol.modes import offload_rate
+from fleet.registry.alarms.alarm_kinds import AlarmKind
 
 if TYPE_CHECKING:
     from fleet.registry.store import Registry
@@ -89,6 +90,9 @@ class FleetMonitor:
         outcomes = dict(self._collector.reports)
         yield add_samples(reports, {(outcome,): n for outcome, n in outcomes.items()})
         yield from _duration_metrics(self._collector.durations)
+        alarms = GaugeMetricFamily("fleet_alarms", "Open alarms.", labels=["kind"])
+        by_kind = dict.fromkeys(AlarmKind, 0) | self._registry.alarms.totals().by_kind
+        yield add_samples(alarms, {(kind,): number for kind, number in by_kind.items()})
         yield GaugeMetricFamily(
             "fleet_connected", "1 while the collector is connected.", int(self._link.is_up)
         )

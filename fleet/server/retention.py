@@ -1,4 +1,4 @@
-"""Retention: deletion of the generations that are older than the configuration allows."""
+"""Retention: deletion of generations and events of alarms that are older than is configured."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ log = logging.getLogger(__name__)
 
 
 class Retention:
-    """A thread that deletes old generations once an hour, for the length of a `with` block.
+    """A thread that deletes old rows once an hour, for the length of a `with` block.
 
-    It deletes a few at a time; their roll-ups stay.
+    It deletes a few at a time: generations, whose roll-ups stay, and events of alarms.
     """
 
     def __init__(self, registry: Registry, days: float) -> None:
-        self._stats = registry.stats
+        self._deletions = (registry.stats.delete_old_generations, registry.alarms.delete_old)
         self._max_age_s = days * DAY_S
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="retention", daemon=True)
@@ -41,12 +41,12 @@ class Retention:
 
     def _run(self) -> None:
         while not self._stop.is_set():
-            num_deleted = 0
+            has_more = False
             before = time.time() - self._max_age_s
             try:
-                num_deleted = self._stats.delete_old_generations(before, BATCH_SIZE)
+                has_more = BATCH_SIZE in [delete(before, BATCH_SIZE) for delete in self._deletions]
             except RegistryError as error:
                 log.warning("no old generation was deleted: %s", error)
             except Exception:  # the thread must go on
                 log.exception("no old generation was deleted")
-            self._stop.wait(PAUSE_S if num_deleted == BATCH_SIZE else PERIOD_S)
+            self._stop.wait(PAUSE_S if has_more else PERIOD_S)

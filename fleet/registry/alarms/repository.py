@@ -13,6 +13,8 @@ from sqlalchemy.orm import Session
 from fleet.errors import ConfigError
 from fleet.registry.alarms.alarm_kinds import AlarmChange, AlarmKind, AlarmState
 from fleet.registry.alarms.alarm_rows import AlarmEvent, AlarmFilter, AlarmRow, AlarmTotals
+from fleet.registry.alarms.conditions import FactsOf, find_conditions
+from fleet.registry.alarms.observations import observe_fleet
 from fleet.registry.alarms.rules import (
     MAX_MUTE_S,
     AlarmRule,
@@ -22,7 +24,9 @@ from fleet.registry.alarms.rules import (
     check_rule,
 )
 from fleet.registry.alarms.transitions import (
+    AlarmCondition,
     AlarmEvaluation,
+    AlarmKey,
     add_event,
     apply_transitions,
     is_open,
@@ -78,6 +82,16 @@ class AlarmRepository(Repository):
             acknowledged=sum(acknowledged for *_, acknowledged in rows),
             by_kind={kind: number for kind, number, _ in sorted(rows)},
         )
+
+    def conditions(self, facts_of: FactsOf, now: float) -> dict[AlarmKey, AlarmCondition]:
+        """Return the conditions of enabled rules that hold at `now`.
+
+        `facts_of` returns what the manifest of a bundle says.
+        """
+        with self._transactions.reading() as db:
+            rules = rule_book(db)
+            fleet = observe_fleet(db, now, rules.greatest_threshold(AlarmKind.CERTIFICATE))
+            return {each.key: each for each in find_conditions(fleet, rules, facts_of, now)}
 
     def apply(self, evaluation: AlarmEvaluation, now: float | None = None) -> None:
         """Store what an evaluation changes, with its events, if it changes something.

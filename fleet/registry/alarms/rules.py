@@ -129,6 +129,11 @@ class AlarmRuleBook:
             self._merged[key] = merge_rules(kind, *self._scopes(kind, device, group))
         return self._merged[key]
 
+    def greatest_threshold(self, kind: AlarmKind) -> float:
+        """Return the greatest threshold of any target for a kind that has one."""
+        own = [values.threshold for (each, _), values in self.own.items() if each is kind]
+        return max(filter(None, [*own, DEFAULT_RULES[kind].threshold]), default=0.0)
+
     def _scopes(
         self, kind: AlarmKind, device: str | None, group: str | None
     ) -> list[AlarmRuleValues | None]:

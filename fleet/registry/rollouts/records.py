@@ -14,6 +14,7 @@ from fleet.registry.rollouts.plan import Candidate, RolloutProgress
 from fleet.registry.rollouts.states import OPEN, RolloutEvent, RolloutState, next_rollout_state
 
 MAX_REASON_LENGTH = 200
+BY_HAND = "by hand"  # the reason of a change that an operator made
 
 
 def open_rollouts(db: Session) -> list[RolloutRecord]:

@@ -22,6 +22,7 @@ from fleet.registry.rollouts.bundles import (
 )
 from fleet.registry.rollouts.plan import RolloutPlan, RolloutProgress, check_plan, next_stage
 from fleet.registry.rollouts.records import (
+    BY_HAND,
     candidates,
     open_rollouts,
     progress_of,
@@ -201,7 +202,7 @@ class RolloutRepository(Repository):
         next_rollout_state(record.id, RolloutState(record.state), event)
         if event is RolloutEvent.UNDO:
             restore_previous(db, self.actor, record)
-        transition(db, self.actor, record=record, event=event, reason="by hand", now=now)
+        transition(db, self.actor, record=record, event=event, reason=BY_HAND, now=now)
         return record.id
 
     def apply_steps(self, now: float, receiving_since: float) -> None:

@@ -11,6 +11,8 @@ import pytest
 from fleet.monitoring.http_endpoint import HttpEndpoint
 from fleet.protocol import topics
 from fleet.protocol.report import DeviceStatus, encode_report
+from fleet.registry.alarms.alarm_kinds import AlarmKind
+from fleet.registry.alarms.transitions import AlarmCondition, AlarmEvaluation
 from fleet.registry.store import Registry
 from fleet.server.collector import Collector
 from fleet.server.metrics import FleetMonitor
@@ -73,6 +75,15 @@ def test_devices_tokens_and_offload_are_summed_by_group(registry: Registry) -> N
     assert samples['fleet_offload_rate{group="lab"}'] == pytest.approx(0.2)
     assert samples['fleet_generations_total{group="lab"}'] == 2
     assert samples['fleet_session_bytes_total{direction="up",group="lab"}'] == 4000
+
+
+def test_open_alarms_are_counted_by_kind(registry: Registry) -> None:
+    condition = AlarmCondition(kind=AlarmKind.OFFLINE, subject="a1", summary="a1 is offline")
+    registry.alarms.apply(AlarmEvaluation({condition.key: condition}, [condition.key]))
+    with server(registry) as (running, _):
+        samples = scrape(running.url)
+    assert samples['fleet_alarms{kind="offline"}'] == 1
+    assert samples['fleet_alarms{kind="errors"}'] == 0
 
 
 def test_reports_are_counted_by_outcome(registry: Registry) -> None:
