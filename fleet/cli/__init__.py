@@ -7,6 +7,7 @@ from typing import Final
 import typer
 
 from fleet.cli.access import CaFileOption, KeyFileOption, ServerOption, choose_server
+from fleet.cli.alarms import app as alarms_app
 from fleet.cli.allow import allow_app, disallow_app, tag_device
 from fleet.cli.audit import list_changes
 from fleet.cli.authority import app as authority_app
@@ -96,6 +97,7 @@ app.command("plan", rich_help_panel=MODELS)(plan)
 app.command("export", rich_help_panel=MODELS, context_settings=PASS_ON)(export)
 app.command("bench", rich_help_panel=MODELS, context_settings=PASS_ON)(bench)
 add_rollout_commands(bundle_app)
+app.add_typer(alarms_app, name="alarms", rich_help_panel=STATISTICS)
 app.add_typer(key_app, name="key", rich_help_panel=IDENTITIES)
 app.add_typer(operator_app, name="operator", rich_help_panel=IDENTITIES)
 app.add_typer(config_app, name="config", rich_help_panel=CHANGES)

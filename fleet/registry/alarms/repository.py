@@ -22,6 +22,7 @@ from fleet.registry.alarms.rules import (
     AlarmRuleValues,
     RuleKey,
     check_rule,
+    check_scope,
 )
 from fleet.registry.alarms.transitions import (
     AlarmCondition,
@@ -229,7 +230,8 @@ class AlarmRepository(Repository):
 
         Raises:
             UnknownDeviceError: the device is not enrolled.
-            ConfigError: no device is in the group, or a value is out of its range.
+            ConfigError: no device is in the group, a value is out of its range, or the kind has no
+                rules for such a target.
         """
         check_rule(kind, values)
         self._transactions.write(lambda db: self._set_rule(db, kind, target, values))
@@ -239,7 +241,8 @@ class AlarmRepository(Repository):
 
         Raises:
             UnknownDeviceError: the device is not enrolled.
-            ConfigError: no device is in the group, or the time is out of its range.
+            ConfigError: no device is in the group, the time is out of its range, or a kind has no
+                rules for such a target.
         """
         if not 0 <= for_s <= MAX_MUTE_S:
             raise ConfigError(f"mute for {for_s:g} s: expected 0 to {MAX_MUTE_S:g} seconds")
@@ -255,6 +258,7 @@ class AlarmRepository(Repository):
     def _set_rule(
         self, db: Session, kind: AlarmKind, target: Target, values: AlarmRuleValues
     ) -> None:
+        check_scope(kind, target)
         check_settings_target(db, target)
         acquire_lock(db, ALARM_LOCK)
         key = {"kind": kind.value, "scope": target.scope.value, "target": target.name}

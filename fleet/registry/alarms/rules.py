@@ -73,7 +73,25 @@ THRESHOLDS: Final[dict[AlarmKind, ThresholdRange]] = {
 }
 """The kinds that have a threshold."""
 
+SCOPES: Final[dict[AlarmKind, tuple[Scope, ...]]] = {
+    AlarmKind.ROLLOUT: (Scope.ALL, Scope.GROUP),
+    AlarmKind.WORKER: (Scope.ALL,),
+}
+"""The scopes of the kinds that are not about devices alone; every other kind has all scopes."""
+
 RuleKey: TypeAlias = tuple[AlarmKind, Target]
+
+
+def kinds_of(scope: Scope) -> list[AlarmKind]:
+    """Return the kinds that may have a rule of this scope."""
+    return [kind for kind in AlarmKind if scope in SCOPES.get(kind, tuple(Scope))]
+
+
+def check_scope(kind: AlarmKind, target: Target) -> None:
+    """Raise ConfigError unless a kind may have a rule for a target."""
+    if kind not in kinds_of(target.scope):
+        wider = " or ".join(SCOPES[kind])
+        raise ConfigError(f"{kind} has no rule for {target}: expected a rule for {wider}")
 
 
 def check_rule(kind: AlarmKind, values: AlarmRuleValues) -> None:
@@ -82,10 +100,17 @@ def check_rule(kind: AlarmKind, values: AlarmRuleValues) -> None:
         raise ConfigError(f"nothing to set for {kind}: give a threshold, a duration, or on or off")
     if values.threshold is not None:
         _check_threshold(kind, values.threshold)
-    if values.for_s is not None and not 0 <= values.for_s <= MAX_FOR_S:
+    if values.for_s is not None:
+        check_delay(values.for_s)
+
+
+def check_delay(for_s: float) -> float:
+    """Return the seconds for which a condition holds before its alarm fires. Raises ConfigError."""
+    if not 0 <= for_s <= MAX_FOR_S:
         raise ConfigError(
-            f"for {values.for_s:g} s: expected 0 to {MAX_FOR_S:g} seconds before an alarm fires"
+            f"for {for_s:g} s: expected 0 to {MAX_FOR_S:g} seconds before an alarm fires"
         )
+    return for_s
 
 
 def _check_threshold(kind: AlarmKind, threshold: float) -> None:

@@ -32,7 +32,7 @@ from fleet.operator_api.alarm_operations import (
 from fleet.operator_api.operation import NoFields
 from fleet.registry.alarms.alarm_kinds import AlarmKind
 from fleet.registry.alarms.alarm_rows import AlarmFilter, AlarmTotals
-from fleet.registry.alarms.rules import THRESHOLDS, AlarmRule, AlarmRuleValues
+from fleet.registry.alarms.rules import THRESHOLDS, AlarmRule, AlarmRuleValues, kinds_of
 from fleet.registry.targets import Target
 from fleet.server.operations.context import Handlers, OperationContext
 from fleet.server.operations.pages import next_number, number_of
@@ -89,7 +89,7 @@ def _unset_alarm_rule(context: OperationContext, request: AlarmRuleKey) -> Alarm
 def _mute_alarms(context: OperationContext, silence: AlarmSilence) -> AlarmRuleList:
     """Mute alarms of a target. Raises as `_set_alarm_rule`."""
     target = Target.parse(silence.target)
-    kinds = list(AlarmKind) if silence.kind is None else [silence.kind]
+    kinds = kinds_of(target.scope) if silence.kind is None else [silence.kind]
     context.registry.alarms.mute(kinds, target, silence.for_s)
     return _rules_of(context, target)
 

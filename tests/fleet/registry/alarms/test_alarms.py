@@ -93,6 +93,8 @@ def test_a_rule_needs_a_target_that_there_is(site: AlarmSite) -> None:
         site.set_rule(AlarmKind.OFFLINE, Target(Scope.DEVICE, "oven"), for_s=1.0)
     with pytest.raises(ConfigError, match="no device is in the group"):
         alarms.mute([AlarmKind.OFFLINE], Target(Scope.GROUP, "desert"), 60.0)
+    with pytest.raises(ConfigError, match="worker has no rule for device:kitchen"):
+        site.set_rule(AlarmKind.WORKER, KITCHEN, enabled=False)
     with pytest.raises(ConfigError, match="expected 0 to"):
         alarms.mute([AlarmKind.OFFLINE], EVERYWHERE, float("nan"))
     with pytest.raises(ConfigError, match="no rule of its own"):
