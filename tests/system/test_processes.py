@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,7 +16,9 @@ import pytest
 
 from benchmarks.whole_model import WholeModel
 from fleet.bundles.manifest import Bundle
+from fleet.protocol.access import Role
 from fleet.server.child_process import Child
+from fleet.server.home import FleetHome
 from tests.brokers import free_port, wait_until
 
 TIMEOUT_S = 180
@@ -223,3 +226,24 @@ def test_a_mode_that_a_device_does_not_know_never_reaches_it(home: Path) -> None
     result = fleet("prompt", "gateway", "hello", "--mode", "psychic", "--home", str(home))
     assert result.returncode == 1
     assert "psychic" in result.stderr
+
+
+def test_the_server_fires_an_alarm_that_an_operator_acknowledges(home: Path) -> None:
+    where = ("--home", str(home))
+    fleet_json("alarms", "set", "certificate", "--all", "--for", "0s", *where)
+    with FleetHome.load(home).registry() as registry:
+        ends_soon = time.time() + 3600.0
+        registry.identities.add_identity(
+            "old-app", Role.APP, fingerprint="0" * 64, not_after=ends_soon
+        )
+        wait_until(lambda: bool(fleet_json("alarms", "list", *where)), "the alarm")
+        (alarm,) = fleet_json("alarms", "list", *where)
+        assert (alarm["kind"], alarm["subject"]) == ("certificate", "old-app")
+        (row,) = fleet_json("alarms", "ack", str(alarm["id"]), *where)
+        events = fleet_json("alarms", "history", *where)
+        assert [(event["state"], event["by"]) for event in events] == [
+            ("acknowledged", row["acknowledged_by"]),
+            ("firing", "server"),
+        ]
+        registry.identities.revoke("old-app")
+        registry.identities.delete("old-app")
