@@ -25,6 +25,7 @@ from fleet.http_api.conversation import ApiMessage
 from fleet.http_api.problems import OllamaErrorBody, OpenAiErrorBody
 from fleet.operator_api.catalogue import OPERATIONS
 from fleet.operator_api.operation import PREFIX, Operation
+from fleet.operator_api.prompt_operation import PROMPT_DEVICE
 from fleet.protocol import messages, topics
 from fleet.protocol.access import OWN_NAME, RULES, TARGET, Action, Role
 from fleet.protocol.desired_config import DesiredConfig
@@ -38,7 +39,6 @@ from fleet.protocol.report import (
 )
 from fleet.protocol.types import Id
 from fleet.server.console.api_errors import STATUS, ApiProblem, ApiProblemBody
-from fleet.server.console.prompt_stream import PATH, PROMPT_DEVICE
 from fleet.version import __version__
 
 DOCS: Final = Path(__file__).resolve().parent.parent / "docs"
@@ -333,7 +333,7 @@ def operator_api_document() -> dict[str, Any]:
     for each in OPERATIONS:
         item = paths.setdefault(PREFIX + each.path, {})
         item[each.method.lower()] = operator_operation(each, schemas[each.request.__name__])
-    paths[PREFIX + PATH] = {"post": prompt_operation()}
+    paths[PREFIX + PROMPT_DEVICE.path] = {"post": prompt_operation()}
     requests = {each.request.__name__ for each in OPERATIONS}
     return {
         "openapi": "3.1.0",

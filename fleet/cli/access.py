@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Final, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Final, NamedTuple, TypeVar
 
 import typer
 
+from fleet.cli.local_commands import LOCAL_COMMANDS
 from fleet.errors import ConfigError
 from fleet.operator_api.fleet_access import FleetAccess
 from fleet.operator_api.operation import Operation, Request, Response
@@ -20,6 +21,9 @@ from fleet.utils.optional_imports import needs
 from fleet.utils.path_options import path_option
 from fleet.utils.paths import absolute_path
 from fleet.utils.text_files import read_text
+
+if TYPE_CHECKING:
+    from fleet.operator_api.remote_access import RemoteAccess
 
 KEY: Final = "FLEET_KEY"
 T = TypeVar("T")
@@ -75,28 +79,29 @@ def is_remote() -> bool:
     return CHOSEN.get() is not None
 
 
-def own_folder(folder: Path | None) -> Path:
-    """Return the folder of a command that needs one, by default the user's.
+def own_folder(folder: Path | None, command: str) -> Path:
+    """Return the folder of a command of `LOCAL_COMMANDS`, by default the user's.
 
     Raises:
         ConfigError: the command shall use a server instead.
     """
+    reason = LOCAL_COMMANDS[command]
     server = CHOSEN.get()
     if server is not None:
         raise ConfigError(
-            f"this command needs the fleet's folder, and --server or $FLEET_SERVER names "
-            f"{server.url[:200]}; run it at the machine with the folder, without --server"
+            f"'fleet {command}' needs the fleet's folder: {reason}; run it at the machine with "
+            f"the folder, without --server or $FLEET_SERVER ({server.url[:200]})"
         )
     return FleetHome.find(folder)
 
 
-def own_home(folder: Path | None) -> FleetHome:
-    """Return the fleet of a command that needs its folder.
+def own_home(folder: Path | None, command: str) -> FleetHome:
+    """Return the fleet of a command of `LOCAL_COMMANDS`.
 
     Raises:
         ConfigError: there is no fleet, or the command shall use a server instead.
     """
-    return FleetHome.load(own_folder(folder))
+    return FleetHome.load(own_folder(folder, command))
 
 
 @contextmanager
@@ -109,7 +114,7 @@ def fleet_access(folder: Path | None) -> Iterator[FleetAccess]:
     """
     server = CHOSEN.get()
     if server is not None:
-        with _remote_access(server, folder) as access:
+        with remote_access(folder) as access:
             yield access
         return
     home = FleetHome.load(folder)
@@ -121,9 +126,17 @@ def fleet_access(folder: Path | None) -> Iterator[FleetAccess]:
 
 
 @contextmanager
-def _remote_access(server: ChosenServer, folder: Path | None) -> Iterator[FleetAccess]:
+def remote_access(folder: Path | None) -> Iterator[RemoteAccess]:
+    """Yield access to the fleet of the server that was chosen.
+
+    Raises:
+        ConfigError: none was chosen, or it or the key is not usable.
+    """
     from fleet.operator_api.remote_access import RemoteAccess
 
+    server = CHOSEN.get()
+    if server is None:
+        raise ConfigError("no server was chosen; give --server URL")
     if folder is not None:
         raise ConfigError("--home and --server exclude each other; give one of them")
     with RemoteAccess(server.url, _read_key(server.key_file), server.ca_file) as access:

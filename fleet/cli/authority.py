@@ -33,7 +33,7 @@ ForceOption = Annotated[
 @app.command("rotate")
 def rotate(folder: HomeOption = None) -> None:
     """Make a second authority; the fleet trusts both until the old one is retired."""
-    home = own_home(folder)
+    home = own_home(folder, "authority rotate")
     authority = rotate_authority(home.ca_folder, ca_passphrase())
     _record(home, "rotate_authority", authority)
     print(
@@ -47,7 +47,7 @@ def rotate(folder: HomeOption = None) -> None:
 @app.command("retire")
 def retire(force: ForceOption = False, folder: HomeOption = None) -> None:
     """Remove the old authority; its certificates become invalid."""
-    home = own_home(folder)
+    home = own_home(folder, "authority retire")
     home.renew_own()
     authority = home.authority()
     with home.registry() as registry:

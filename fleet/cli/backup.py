@@ -44,7 +44,7 @@ def backup(
     place = _place_of(file)
     if keep and not place.is_dir():
         raise ConfigError(f"{file} is not a folder; leave out --keep, or name a folder of backups")
-    home = own_home(folder)
+    home = own_home(folder, "backup")
     path = back_up(home, place, bundles=bundles)
     print_line(f"wrote {path} with the authority's key; protect it like the fleet's folder")
     if keep:
@@ -68,7 +68,7 @@ def restore_fleet(
     file: BackupArgument, registry: NewRegistryOption = None, folder: HomeOption = None
 ) -> None:
     """Restore a backup into a new folder."""
-    home = restore_backup(file, own_folder(folder), registry)
+    home = restore_backup(file, own_folder(folder, "restore"), registry)
     with home.registry() as opened:
         num_identities = len(opened.identities.all())
         bundles = opened.rollouts.bundles()

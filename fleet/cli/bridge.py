@@ -91,7 +91,7 @@ def bridge(
         key_file=cert_key and absolute_path(cert_key),
     )
     options = BridgeOptions(app=app, house=house, topic_map=TopicMap.parse(maps or ()))
-    home = own_home(folder)
+    home = own_home(folder, "bridge")
     if systemd is None:
         run_bridge(home, options)
         return

@@ -53,7 +53,7 @@ def config(
             "fleet: this mosquitto would run as root; run the command as its own user",
             file=sys.stderr,
         )
-    home = own_home(folder)
+    home = own_home(folder, "broker config")
     with home.registry() as registry:
         path = write_mosquitto(home, registry, absolute_path(out), host, port)
     print_line(
@@ -67,7 +67,7 @@ def rules(form: FormatOption = FORMATS[0], folder: HomeOption = None) -> None:
     """Print the topics that each active identity may publish and subscribe, for a broker's ACL."""
     if form not in FORMATS:
         raise ConfigError(f"--format {form}: expected one of {', '.join(FORMATS)}")
-    with own_home(folder).registry() as registry:
+    with own_home(folder, "broker rules").registry() as registry:
         print(format_rules(registry.identities.all_grants(), form), end="")
 
 

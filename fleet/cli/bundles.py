@@ -102,7 +102,7 @@ def add(
     as_json: JsonOption = False,
 ) -> None:
     """Check a bundle, sign it with the fleet's key and offer it to devices."""
-    home = own_home(folder)
+    home = own_home(folder, "bundle add")
     verdict = verify_bundle(source)
     if not verdict.ok:
         num_others = len(verdict.findings) - 1

@@ -6,13 +6,13 @@ import io
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
+from pathlib import Path
 from typing import Final
 
 import msgspec
 from rich.console import Console
 
-from fleet.cli.access import own_home
-from fleet.cli.device_status import await_online
+from fleet.cli.online_device import OnlineDevice, online_device
 from fleet.cli.options import (
     DeviceArgument,
     FrequencyOption,
@@ -31,13 +31,11 @@ from fleet.cli.options import (
     TopPOption,
     make_request,
 )
-from fleet.cli.responses import exit_sources, follow_response, known_manifest, print_usage
+from fleet.cli.responses import follow_response, print_usage
 from fleet.cli.views import legend
 from fleet.errors import ConfigError, FleetError, PromptError, RefusedPromptError
 from fleet.protocol.prompt import ChatMessage, PromptRequest, Reply
-from fleet.server.home import FleetHome
-from fleet.transport.mqtt import MqttTransport
-from fleet.transport.prompt_client import PromptClient
+from fleet.transport.prompt_client import Prompter
 from fleet.utils.console import new_console, outside_text
 from fleet.utils.printable import count
 from fleet.utils.text import is_blank
@@ -84,33 +82,30 @@ def chat(
         frequency_penalty=frequency_penalty,
         stop=stop,
     )
-    converse(own_home(folder), device, base, is_smooth=smooth_stream)
+    converse(folder, device, base, is_smooth=smooth_stream)
 
 
-def converse(home: FleetHome, device: str, base: PromptRequest, *, is_smooth: bool) -> None:
+def converse(folder: Path | None, device: str, base: PromptRequest, *, is_smooth: bool) -> None:
     """Connect to the device, and hold a conversation until the end of the input.
 
     Raises:
         ConfigError: the device's model has no chat template.
+        FleetError: as `online_device`.
     """
     console = new_console()
-    with home.operator() as identity, MqttTransport.connect(identity) as link:
-        bundle_id = await_online(link, device).bundle_id
-        check_can_chat(home, device, bundle_id)
-        exits = exit_sources(home, bundle_id)
+    with online_device(folder, device) as target:
+        check_can_chat(target)
+        exits = target.exit_sources
         console.print(legend(exits))
-        client = PromptClient(link)
-        client.watch(device)
-        Conversation(console, client, device, base, exits, is_smooth=is_smooth).run()
+        Conversation(console, target.client, device, base, exits, is_smooth=is_smooth).run()
 
 
-def check_can_chat(home: FleetHome, device: str, bundle_id: str) -> None:
-    """Raise ConfigError when the device's bundle is known here and has no chat template."""
-    manifest = known_manifest(home, bundle_id)
-    if manifest and manifest.prompt_format == "raw":
+def check_can_chat(target: OnlineDevice) -> None:
+    """Raise ConfigError if a device's bundle is known and has no chat template."""
+    if target.prompt_format == "raw":
         raise ConfigError(
-            f"device {device} serves {manifest.model.name}, which has no chat template and "
-            f"continues a text; use fleet prompt {device} 'The beginning of a text'"
+            f"device {target.name} serves {target.model}, which has no chat template and "
+            f"continues a text; use fleet prompt {target.name} 'The beginning of a text'"
         )
 
 
@@ -124,7 +119,7 @@ class Conversation:
     def __init__(
         self,
         console: Console,
-        client: PromptClient,
+        client: Prompter,
         device: str,
         base: PromptRequest,
         exits: Sequence[str],

@@ -42,7 +42,7 @@ def console(
     folder: HomeOption = None, open_browser: OpenOption = True, as_json: JsonOption = False
 ) -> None:
     """Sign in to the console of this fleet: print a link, and open it in a browser."""
-    home = own_home(folder)
+    home = own_home(folder, "console")
     check_console(home.folder)
     with fleet_access(folder) as access:
         link = owner_link(access)

@@ -53,8 +53,13 @@ def _check_online(device: str, status: DeviceStatus | None) -> DeviceStatus:
             f"enrol it with 'fleet enroll {device}', and start it with 'edge-agent run DIR'"
         )
     if not status.online:
-        raise LinkError(f"device {device} is offline; start it with 'edge-agent run DIR'")
+        raise offline_error(device)
     return status
+
+
+def offline_error(device: str) -> LinkError:
+    """Return the error of a device that is offline."""
+    return LinkError(f"device {device} is offline; start it with 'edge-agent run DIR'")
 
 
 def _await_status(

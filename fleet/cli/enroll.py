@@ -134,7 +134,7 @@ def enroll_identities(
             "the file has role, group, tags and targets; "
             "leave --role, --group, --tag and --allow out"
         )
-    home = None if out is None else own_home(folder)
+    home = None if out is None else own_home(folder, "enroll --out")
     with fleet_access(folder) as access:
         if from_file:
             enrolments = read_enrolments(from_file)

@@ -43,7 +43,7 @@ def init(
     folder: HomeOption = None,
 ) -> None:
     """Create or change the fleet's folder: authority, registry and identities. Starts nothing."""
-    folder = own_folder(folder)
+    folder = own_folder(folder, "init")
     options = FleetOptions(
         host=host,
         port=port,

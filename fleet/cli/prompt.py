@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fleet.cli.access import own_home
-from fleet.cli.device_status import await_online
+from fleet.cli.online_device import online_device
 from fleet.cli.options import (
     BiasOption,
     DeviceArgument,
@@ -33,13 +33,10 @@ from fleet.cli.options import (
     print_json,
     read_response_format,
 )
-from fleet.cli.responses import exit_sources, stream_response
+from fleet.cli.responses import stream_response
 from fleet.errors import PromptError
 from fleet.protocol.prompt import MAX_PROMPT_BYTES, PromptRequest
 from fleet.protocol.types import MAX_TOP_LOGPROBS
-from fleet.server.home import FleetHome
-from fleet.transport.mqtt import MqttTransport
-from fleet.transport.prompt_client import PromptClient
 from fleet.utils.console import new_console
 from fleet.utils.text_files import decode_text
 
@@ -120,8 +117,7 @@ def prompt(
         regex=regex,
         trace=trace,
     )
-    home = own_home(folder)
-    send_prompt(home, device, request, as_json=as_json, is_smooth=smooth_stream)
+    send_prompt(folder, device, request, as_json=as_json, is_smooth=smooth_stream)
 
 
 def _read_stdin() -> str:
@@ -132,25 +128,22 @@ def _read_stdin() -> str:
 
 
 def send_prompt(
-    home: FleetHome,
+    folder: Path | None,
     device: str,
     request: PromptRequest,
     *,
     as_json: bool,
     is_smooth: bool = False,
 ) -> None:
-    """Send a request as an operator and print the response; needs the broker and no registry.
+    """Send a request as an operator and print the response.
 
     Raises:
-        UnknownDeviceError: the broker has no status of the device.
-        LinkError: the broker cannot be reached, or the device is offline.
+        FleetError: as `online_device`, and as the client's `ask`.
     """
     console = new_console(stderr=as_json)
-    with home.operator() as identity, MqttTransport.connect(identity) as link:
-        bundle_id = await_online(link, device).bundle_id
-        exits = exit_sources(home, bundle_id)
-        client = PromptClient(link)
-        client.watch(device)
-        result = stream_response(console, client, device, request, exits, is_smooth=is_smooth)
+    with online_device(folder, device) as target:
+        result = stream_response(
+            console, target.client, device, request, target.exit_sources, is_smooth=is_smooth
+        )
     if as_json:
-        print_json({"bundle_id": bundle_id, "results": [result]})
+        print_json({"bundle_id": target.bundle_id, "results": [result]})

@@ -59,7 +59,7 @@ def renew_identity(
             order = InvitationOrder(name=name, ttl_s=parse_ttl(ttl, MAX_TTL_S))
             issued = access.call(INVITE, order)
     if out is not None:
-        home = own_home(folder)
+        home = own_home(folder, "renew --out")
         out = absolute_path(out)
         home.certify_again(_identity_in(home, row, out, shared_subscriptions=shared_subscriptions))
         issued = IssuedFolder(row.name, row.role, str(out))
@@ -73,7 +73,7 @@ def _own_identity(folder: Path | None, name: str) -> Path | None:
     """The folder of an identity that is the fleet's own; None for another one."""
     if is_remote():
         return None
-    home = own_home(folder)
+    home = FleetHome.load(folder)
     return home.folder / "identities" / name if home.has_identity(name) else None
 
 

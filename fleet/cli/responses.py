@@ -9,13 +9,11 @@ from msgspec import Struct
 from rich.console import Console
 from rich.text import Text
 
-from fleet.bundles.manifest import Manifest, read_manifest
 from fleet.cli.trace_view import trace_views, traces_of
 from fleet.cli.views import logprob_tables, logprobs_of, reply_text, usage_line
 from fleet.cli.word_wrap import WordWrap
 from fleet.errors import ConfigError
 from fleet.protocol.answer_trace import ReplyTrace
-from fleet.protocol.modes import exit_source
 from fleet.protocol.prompt import (
     Choice,
     PromptRequest,
@@ -25,8 +23,7 @@ from fleet.protocol.prompt import (
     Usage,
 )
 from fleet.protocol.report import Switch
-from fleet.server.home import FleetHome
-from fleet.transport.prompt_client import PromptClient
+from fleet.transport.prompt_client import Prompter
 from fleet.transport.smooth_stream import paced
 
 
@@ -60,7 +57,7 @@ class PromptResult(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 def stream_response(
     console: Console,
-    client: PromptClient,
+    client: Prompter,
     device: str,
     request: PromptRequest,
     exits: Sequence[str],
@@ -88,7 +85,7 @@ def stream_response(
 
 def follow_response(
     console: Console,
-    client: PromptClient,
+    client: Prompter,
     device: str,
     request: PromptRequest,
     exits: Sequence[str],
@@ -150,15 +147,3 @@ def _result(request: PromptRequest, replies: Sequence[Reply], usage: Usage) -> P
         choices=replies[-1].choices,
         trace=traces_of(replies) or None,
     )
-
-
-def exit_sources(home: FleetHome, bundle_id: str) -> list[str]:
-    """The sources of a bundle's exits in order of depth; none for a bundle that is not here."""
-    manifest = known_manifest(home, bundle_id)
-    return [exit_source(layer) for layer in manifest.exits] if manifest else []
-
-
-def known_manifest(home: FleetHome, bundle_id: str) -> Manifest | None:
-    """The manifest of a bundle; None for a bundle that is not here."""
-    folder = home.bundle_folder(bundle_id)
-    return read_manifest(folder) if folder else None

@@ -70,7 +70,7 @@ def server(
         api=ApiOptions.of(api, api_cert, api_cert_key),
         console=ApiOptions.of_console(console, console_cert, console_cert_key),
     )
-    home = own_home(folder)
+    home = own_home(folder, "server")
     if broker:
         check_metrics_ports(home.config, metrics_port, 0)
     run_server(home, options)

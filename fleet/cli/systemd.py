@@ -72,7 +72,7 @@ def systemd(
         identity = absolute_path(worker)
         units = {"fleet-worker.service": worker_unit(identity, service_user(identity, user))}
     else:
-        home = own_home(folder)
+        home = own_home(folder, "systemd")
         options = UnitOptions(
             user=service_user(home.folder, user),
             broker=broker,

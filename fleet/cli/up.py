@@ -159,7 +159,7 @@ def up(
         registry=registry,
         retention_days=retention_days,
     )
-    folder = own_folder(folder)
+    folder = own_folder(folder, "up")
     ca_passphrase()  # an unusable one is refused before the model is fetched
     with hold_folder(folder):
         config = resolve_config(folder, options)

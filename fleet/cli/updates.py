@@ -52,7 +52,7 @@ def add_version(
     wheel: WheelArgument, folder: HomeOption = None, as_json: JsonOption = False
 ) -> None:
     """Check a wheel, sign it with the fleet's key, and offer it to devices."""
-    manifest = own_home(folder).keep_software(wheel)
+    manifest = own_home(folder, "update add").keep_software(wheel)
     if as_json:
         print_json(manifest)
     else:

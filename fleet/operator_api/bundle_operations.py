@@ -15,9 +15,15 @@ RolloutId = Annotated[int, Meta(ge=1, le=1_000_000_000)]
 
 
 class StoredBundle(BundleRow, frozen=True, kw_only=True):
-    """A bundle, and the size of its files in the fleet's folder, or None if they are missing."""
+    """A bundle, with facts of its files in the fleet's folder.
+
+    `disk_bytes` is their size, or None if they are missing. `exits` are the layers of its exits,
+    and `prompt_format` is how its model reads prompts; both are empty if they are not known.
+    """
 
     disk_bytes: int | None
+    exits: tuple[int, ...] = ()
+    prompt_format: str = ""
 
 
 class BundleList(Struct, frozen=True, kw_only=True):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import ssl
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar, Final, Self
 
@@ -66,24 +68,67 @@ class RemoteAccess(FleetAccess):
 
     def call(self, operation: Operation[Request, Response], request: Request) -> Response:
         parts = encode_request(operation, request)
-        is_json = {"Content-Type": "application/json"} if parts.body is not None else {}
         deadline = time.monotonic() + CALL_S
+        timeout = urllib3.Timeout(connect=CONNECT_S, total=CALL_S)
         try:
-            with self._pool.request(
-                operation.method,
-                self._url + parts.path,
-                body=parts.body,
-                headers=self._headers | is_json,
-                redirect=False,
-                preload_content=False,
-                timeout=urllib3.Timeout(connect=CONNECT_S, total=CALL_S),
-            ) as response:
+            with self._send(operation.method, parts.path, parts.body, timeout) as response:
                 body = self._read(response, deadline)
                 if response.status != 200:
                     raise self._error(response.status, body)
         except HTTPError as error:
             raise self._explain(error) from None
-        return self._decode(body, operation.response)
+        return self.decode(body, operation.response)
+
+    @contextmanager
+    def stream(
+        self, method: str, path: str, body: bytes, silence_s: float
+    ) -> Iterator[Iterator[bytes]]:
+        """Send a request, and yield the pieces of its response as they arrive.
+
+        The end of the block closes the connection unless the response is complete.
+
+        Raises:
+            ServiceAwayError: the server cannot be reached, or sends nothing for `silence_s`
+                seconds.
+            FleetError: as the server's API.
+        """
+        timeout = urllib3.Timeout(connect=CONNECT_S, read=silence_s)
+        try:
+            with self._send(method, path, body, timeout) as response:
+                if response.status != 200:
+                    deadline = time.monotonic() + CALL_S
+                    raise self._error(response.status, self._read(response, deadline))
+                yield self._pieces(response)
+        except HTTPError as error:
+            raise self._explain(error) from None
+
+    def _pieces(self, response: urllib3.BaseHTTPResponse) -> Iterator[bytes]:
+        try:
+            yield from response.stream(1 << 16, decode_content=True)
+        except HTTPError:
+            raise self.cut_off() from None
+
+    def cut_off(self) -> ServiceAwayError:
+        """Return the error of a stream that ends before its time."""
+        return ServiceAwayError(
+            f"the connection to {self._url} ended in the midst of the response; check the network, "
+            "and try again"
+        )
+
+    def _send(
+        self, method: str, path: str, body: bytes | None, timeout: urllib3.Timeout
+    ) -> urllib3.BaseHTTPResponse:
+        """Send a request; the body of the response is not read yet. Raises HTTPError."""
+        is_json = {"Content-Type": "application/json"} if body is not None else {}
+        return self._pool.request(
+            method,
+            self._url + path,
+            body=body,
+            headers=self._headers | is_json,
+            redirect=False,
+            preload_content=False,
+            timeout=timeout,
+        )
 
     def close(self) -> None:
         """Close the connections."""
@@ -107,7 +152,8 @@ class RemoteAccess(FleetAccess):
                 raise ServiceAwayError(f"{self._url} did not answer within {CALL_S:g} s; try later")
         return bytes(body)
 
-    def _decode(self, body: bytes, type_: type[Response]) -> Response:
+    def decode(self, body: bytes, type_: type[Response]) -> Response:
+        """Return a value that the server sent as JSON. Raises ServiceError."""
         try:
             return msgspec.json.decode(body, type=type_)
         except JSON_ERRORS as error:
@@ -123,7 +169,7 @@ class RemoteAccess(FleetAccess):
             return ServiceError(
                 f"{self._url} answered {status}, as no server of a fleet does; check the address"
             )
-        return ERRORS.get(problem.code, ServiceError)(problem.message)
+        return problem_error(problem)
 
     def _explain(self, error: HTTPError) -> ServiceError:
         causes = (each for each in (*error.args, error.__cause__) if isinstance(each, OSError))
@@ -143,6 +189,11 @@ class RemoteAccess(FleetAccess):
         if isinstance(error, TimeoutError):
             return ServiceAwayError(f"{self._url} did not answer in time; check the network")
         return ServiceAwayError(f"no connection to {self._url} ({error}); check the network")
+
+
+def problem_error(problem: RemoteProblem) -> FleetError:
+    """Return an error of the API: of the class that was raised there."""
+    return ERRORS.get(problem.code, ServiceError)(problem.message)
 
 
 def check_server_url(url: str) -> str:

@@ -356,7 +356,11 @@ class FleetHome:
         return manifest.exits if manifest else None
 
     def bundle_manifest(self, bundle_id: str) -> Manifest | None:
-        """The manifest of a bundle; None when the fleet does not have it. Raises BundleError."""
+        """Return the manifest of a bundle; None if the fleet does not have it.
+
+        Raises:
+            BundleError: it is not usable.
+        """
         if bundle_id not in self._manifests and (folder := self.bundle_folder(bundle_id)):
             self._manifests[bundle_id] = read_manifest(folder)
         return self._manifests.get(bundle_id)

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from functools import partial
-from typing import Final
+from typing import Final, Protocol
 
 import msgspec
 
@@ -21,6 +21,14 @@ from fleet.transport.open_requests import OpenRequests
 
 REPLY_TIMEOUT_S: Final = 60.0
 REPEAT_S: Final = 5.0
+
+
+class Prompter(Protocol):
+    """A client that sends prompts to devices."""
+
+    def ask(self, device: str, prompt: PromptRequest) -> Generator[Reply, None, None]:
+        """Yield each reply of one request, in order, as `PromptClient.ask` does."""
+        ...
 
 
 class PromptClient:

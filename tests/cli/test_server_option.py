@@ -19,6 +19,7 @@ import pytest
 from typer.main import get_command
 
 from fleet.cli import app
+from fleet.cli.local_commands import LOCAL_COMMANDS
 from fleet.operator_api import remote_access
 from fleet.operator_api.fleet_access import FleetAccess
 from fleet.operator_api.operation import Operation, OperatorRole
@@ -42,6 +43,7 @@ from tests.fleet.operator_api.api_fleet import (
 from tests.fleet.operator_api.test_parity import steady
 
 DURATION: Final = re.compile(r"[0-9]+ s\b")  # of a roll-out that goes on
+GUIDE: Final = Path(__file__).parents[2] / "docs/operator-guide.md"
 KEY: Final = KEYS[OperatorRole.ADMIN]
 
 READS: Final = (
@@ -144,8 +146,6 @@ NEED_THE_FOLDER: Final = (
     ("bridge", "--host", "localhost"),
     ("backup", "file"),
     ("restore", "file"),
-    ("prompt", "kitchen", "hi"),
-    ("chat", "kitchen"),
     ("console",),
     ("bundle", "add", "folder"),
     ("update", "add", "x.whl"),
@@ -154,7 +154,9 @@ NEED_THE_FOLDER: Final = (
     ("authority", "rotate"),
     ("authority", "retire"),
     ("enroll", "tablet", "--out", "folder"),
+    ("renew", "kitchen", "--out", "folder"),
 )
+PROMPTS: Final = (("prompt", "kitchen", "hi"), ("chat", "kitchen"))  # in test_remote_prompt.py
 WITHOUT_A_FLEET: Final = {
     "bench",
     "bundle sign",
@@ -195,7 +197,7 @@ def commands(group: Any = None, prefix: str = "") -> Iterator[str]:
 
 
 def test_every_command_is_tried_here() -> None:
-    tables = (*READS, *CHANGES, *REFUSED_THERE, *NEED_THE_FOLDER, ("doctor",))
+    tables = (*READS, *CHANGES, *REFUSED_THERE, *NEED_THE_FOLDER, *PROMPTS, ("doctor",))
     tried = {name for words in tables for name in accumulate(words[:3], "{} {}".format)}
     assert set(commands()) - tried == WITHOUT_A_FLEET
 
@@ -258,8 +260,28 @@ def test_a_command_that_needs_the_folder_says_so(
     (tmp_path / "folder").mkdir()
     done = remote(server, *words)
     assert done.returncode == 1
-    assert "this command needs the fleet's folder" in done.stderr
+    command = local_command(words)
+    assert f"'fleet {command}' needs the fleet's folder: {LOCAL_COMMANDS[command]}" in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "x.whl"]
+
+
+def local_command(words: tuple[str, ...]) -> str:
+    """Return the key of a command line in `LOCAL_COMMANDS`."""
+    options = {" ".join((*words[:n], each)) for n in (1, 2) for each in words if each[0] == "-"}
+    names = {" ".join(words[:n]) for n in (1, 2)} | options
+    (found,) = names & LOCAL_COMMANDS.keys()
+    return found
+
+
+def test_the_guide_lists_the_commands_that_need_the_folder_and_why() -> None:
+    rows = re.findall(r"^\| `fleet ([^`]+)` \| (.*) \|$", GUIDE.read_text(), re.MULTILINE)
+    assert dict(rows) == LOCAL_COMMANDS
+    assert {local_command(words) for words in NEED_THE_FOLDER} == LOCAL_COMMANDS.keys()
+
+
+def test_the_guide_lists_the_commands_without_a_fleet() -> None:
+    (line,) = re.findall(r"These use no fleet[^:]*: (.*?)\.\n", GUIDE.read_text(), re.DOTALL)
+    assert set(re.findall(r"`fleet ([^`]+)`", line)) == WITHOUT_A_FLEET
 
 
 def test_the_doctor_examines_this_machine_and_the_fleet_there(

@@ -19,10 +19,10 @@ import pytest
 from fleet.http_api.application import http_application
 from fleet.operator_api.catalogue import OPERATIONS
 from fleet.operator_api.operation import PREFIX as PREFIX_OF_OPERATORS
+from fleet.operator_api.prompt_operation import PROMPT_DEVICE
 from fleet.protocol.access import RULES
 from fleet.protocol.prompt import PromptRequest, Reply, TokenLogprob, TopLogprob
 from fleet.protocol.topics import PREFIX
-from fleet.server.console.prompt_stream import PROMPT_DEVICE
 from tests.fleet.http_api.test_writers import USAGE
 
 jsonschema = pytest.importorskip("jsonschema")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from benchmarks.whole_model import WholeModel
 from fleet.bundles.manifest import Bundle
 from fleet.protocol.access import Role
 from fleet.server.child_process import Child
+from fleet.server.console_address import console_url
 from fleet.server.home import FleetHome
 from tests.brokers import free_port, wait_until
 
@@ -59,10 +61,13 @@ def home(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Bundle) -> Itera
     folder = tmp_path_factory.mktemp("fleet")
     where = str(folder / "state")
     ports = ("--port", str(free_port()), "--service-port", str(free_port()))
+    console = ("--console", "127.0.0.1:0")
     with ExitStack() as stack:
         bundle = str(tiny_bundle.folder)
         stack.enter_context(
-            started("fleet up", "fleet.cli", "up", "--home", where, *ports, "--bundle", bundle)
+            started(
+                "fleet up", "fleet.cli", "up", "--home", where, *ports, *console, "--bundle", bundle
+            )
         )
         assert (
             fleet(
@@ -196,6 +201,29 @@ def test_an_operator_prompts_and_sees_the_counts(home: Path) -> None:
     sessions = fleet_json("sessions", *where)
     assert sessions[0]["device"] == "gateway"
     assert fleet_json("stats", "gateway", "--since", "2000-01-01", *where)[0]["tokens"] == counted
+
+
+def test_a_prompt_through_the_server_prints_what_one_over_the_broker_prints(home: Path) -> None:
+    fleet("operator", "add", "grace", "--role", "operator", "--home", str(home))
+    key = fleet_json("operator", "key", "create", "grace", "--home", str(home))["key"]
+    words = ("prompt", "gateway", "hello", "--threshold", "1", "--max-new-tokens", "5")
+    here = fleet(*words, "--home", str(home))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLEET_SERVER", str(console_url(home)))
+        patch.setenv("FLEET_KEY", key)
+        there = fleet(*words)
+        (result,) = fleet_json(*words, "--trace")["results"]
+        lost = fleet("prompt", "ghost", "hello")
+    assert there.returncode == 0, there.stderr
+    assert without_numbers(there.stdout) == without_numbers(here.stdout)
+    verdicts = [e for trace in result["trace"] for e in trace["events"] if e["kind"] == "verdict"]
+    assert len(verdicts) == result["round_trips"]
+    assert "unknown device 'ghost'" in lost.stderr
+
+
+def without_numbers(printed: str) -> str:
+    """Return what was printed without its times, which differ between two answers."""
+    return re.sub(r"[\d.,]+", "", printed)
 
 
 def test_a_conversation_in_the_terminal(home: Path) -> None:

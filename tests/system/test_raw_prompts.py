@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,10 @@ from edge_agent.config import AgentConfig
 from fleet.bundles.manifest import CHAT_TEMPLATE, Bundle, write_manifest
 from fleet.cli.chat import Conversation, check_can_chat
 from fleet.cli.demo import default_prompts
+from fleet.cli.online_device import OnlineDevice
 from fleet.errors import ConfigError, PromptError, RefusedPromptError
 from fleet.protocol.modes import CLOUD, Mode
 from fleet.protocol.prompt import ChatMessage, PromptRequest
-from fleet.server.home import FleetConfig, FleetHome
 from fleet.utils.console import new_console
 from onnx_export.bundle import export_bundle
 from onnx_export.config import ExportConfig
@@ -125,14 +126,14 @@ def test_messages_are_refused_in_one_line_and_the_next_text_is_continued(
 
 
 def test_fleet_chat_refuses_a_model_without_a_template(
-    fleet: MemoryFleet, raw_bundle: Bundle, tmp_path: Path
+    fleet: MemoryFleet, raw_bundle: Bundle
 ) -> None:
-    home = FleetHome.create(
-        tmp_path, FleetConfig(host="127.0.0.1", port=8883, bundle=str(raw_bundle.folder))
-    )
+    facts = raw_bundle.manifest
+    unknown = OnlineDevice(DEVICE, fleet.client, facts.bundle_id)
+    known = replace(unknown, model=facts.model.name, prompt_format=facts.prompt_format)
     with pytest.raises(ConfigError, match=r"no chat template .* use fleet prompt edge-1 'The"):
-        check_can_chat(home, DEVICE, raw_bundle.manifest.bundle_id)
-    check_can_chat(home, DEVICE, "0" * 32)  # a bundle that is not known here
+        check_can_chat(known)
+    check_can_chat(unknown)  # of a bundle that is not known here
     screen = io.StringIO()
     console = new_console(file=screen, width=400)
     Conversation(console, fleet.client, DEVICE, PromptRequest(), []).handle("hello")

@@ -13,6 +13,7 @@ from fleet.errors import DecodeError, FleetError
 from fleet.http_api.request_body import read_whole_body
 from fleet.operator_api.device_operations import LIST_DEVICES, DeviceQuery
 from fleet.operator_api.operation import SignedInOperator
+from fleet.operator_api.prompt_operation import PROMPT_DEVICE
 from fleet.protocol.modes import Mode
 from fleet.protocol.prompt import MAX_PROMPT_BYTES, PromptRequest, Reply, prompt_of_fields
 from fleet.server.console.answer_picture import AnswerPicture
@@ -20,7 +21,7 @@ from fleet.server.console.api_routes import OPERATOR, check_role
 from fleet.server.console.blocking_calls import BlockingCalls
 from fleet.server.console.operator_prompts import OperatorPrompts
 from fleet.server.console.pages.page import Page
-from fleet.server.console.prompt_stream import PROMPT_DEVICE, PromptStream
+from fleet.server.console.prompt_stream import PromptStream
 from fleet.server.operations.context import OperationContext
 from fleet.transport.base import Transport
 from fleet.utils.text import is_blank

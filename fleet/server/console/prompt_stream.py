@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from contextlib import suppress
 from typing import Any, Final
 
@@ -11,39 +12,30 @@ from aiohttp import web
 from msgspec import Struct
 
 from fleet.errors import BusyError, DecodeError, FleetError, PromptError, RegistryError
+from fleet.http_api.answer_writer import EVENT_STREAM
 from fleet.http_api.request_body import read_whole_body
-from fleet.operator_api.operation import PREFIX, Operation, OperatorRole, SignedInOperator
+from fleet.operator_api.operation import PREFIX, SignedInOperator
+from fleet.operator_api.prompt_operation import PROBLEM, PROMPT_DEVICE, REPLY
 from fleet.protocol.prompt import MAX_PROMPT_BYTES, PromptRequest, Reply, prompt_of_fields
 from fleet.server.console.api_errors import JSON, ApiProblem, problem_response
 from fleet.server.console.api_routes import OPERATOR, SIGN_IN_CHECK, check_role
 from fleet.server.console.operator_prompts import OperatorPrompts
 from fleet.transport.async_prompt_client import AsyncReplyStream
+from fleet.transport.prompt_client import reply_timeout_s
 from fleet.utils.json_text import parse_json
 from fleet.utils.validation import JSON_ERRORS
 
-PATH: Final = "/devices/{device}/prompts"
-REPLY: Final = "reply"
-PROBLEM: Final = "problem"
 CHECK_S: Final = 5.0
 """The time after which a stream without replies shows that it lives, and checks the sign-in."""
+FIRST_S: Final = 15.0
+"""The time after which a stream begins without a reply; proxies cut connections that are silent."""
 WRITE_S: Final = 60.0
 STREAM_HEADERS: Final = {
-    "Content-Type": "text/event-stream",
+    "Content-Type": EVENT_STREAM,
     "Cache-Control": "no-store",
     "X-Accel-Buffering": "no",
 }
 STILL_ALIVE: Final = b": waiting\n\n"
-
-
-PROMPT_DEVICE: Final[Operation[Any, Any]] = Operation(
-    method="POST",
-    path=PATH,
-    role=OperatorRole.OPERATOR,
-    request=PromptRequest,
-    response=Reply,
-    summary="Prompt a device and stream its answer with its trace",
-)
-"""It is not in the catalogue, because its response is a stream."""
 
 
 class PromptStream:
@@ -59,7 +51,7 @@ class PromptStream:
 
     def routes(self) -> list[web.RouteDef]:
         """Return the route."""
-        return [web.post(PREFIX + PATH, self._answer)]
+        return [web.post(PREFIX + PROMPT_DEVICE.path, self._answer)]
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         try:
@@ -68,23 +60,34 @@ class PromptStream:
             prompt = await read_prompt(request)
             device = request.match_info["device"]
             async with self._prompts.asked(operator.name, device, prompt) as stream:
-                first = await stream.next()  # an error before it has a status of its own
-                return await self._stream(request, stream, first)
+                reply_s = reply_timeout_s(prompt)
+                first = asyncio.create_task(stream.next(reply_s))
+                try:
+                    await asyncio.wait({first}, timeout=FIRST_S)
+                    if first.done():
+                        first.result()  # an error until then has a status of its own
+                    return await self._stream(request, stream, first, reply_s)
+                finally:
+                    first.cancel()
         except ConnectionError:
             raise
         except Exception as error:  # noqa: BLE001 (a failed request must not end the program)
             return problem_response(error)
 
     async def _stream(
-        self, request: web.Request, stream: AsyncReplyStream, first: Reply
+        self,
+        request: web.Request,
+        stream: AsyncReplyStream,
+        first: Awaitable[Reply],
+        reply_s: float,
     ) -> web.StreamResponse:
         response = web.StreamResponse(headers=STREAM_HEADERS)
         await response.prepare(request)
         watch = asyncio.create_task(self._watch(request, response, stream))
         try:
-            await _write(response, event_of(REPLY, first))
+            await _write(response, event_of(REPLY, await first))
             while not stream.is_done:
-                await _write(response, event_of(REPLY, await stream.next()))
+                await _write(response, event_of(REPLY, await stream.next(reply_s)))
         except FleetError as error:  # the status is sent, so the stream reports it
             problem = ApiProblem(code=error.code, message=str(error))
             await _write(response, event_of(PROBLEM, problem))
@@ -117,7 +120,7 @@ async def _write(response: web.StreamResponse, event: bytes) -> None:
 
 
 async def read_prompt(request: web.Request) -> PromptRequest:
-    """Return the prompt of a request's body, with a trace.
+    """Return the prompt of a request's body; by default a streamed answer has a trace.
 
     Raises:
         DecodeError, OversizedError, PromptError: the body is not usable.
@@ -132,7 +135,7 @@ async def read_prompt(request: web.Request) -> PromptRequest:
         fields = parse_json(body, dict[str, Any])
     except JSON_ERRORS as error:
         raise PromptError(f"expected a JSON object with 'prompt' or 'messages': {error}") from None
-    return prompt_of_fields(fields | {"trace": True})
+    return prompt_of_fields({"trace": fields.get("stream", True)} | fields)
 
 
 def event_of(name: str, value: Struct) -> bytes:

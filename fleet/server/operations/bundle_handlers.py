@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Final
 
 from msgspec.structs import asdict
 
 from fleet.bundles.store import bundle_bytes
+from fleet.errors import BundleError
 from fleet.operator_api.bundle_operations import (
     LIST_BUNDLES,
     LIST_ROLLOUTS,
@@ -45,7 +47,16 @@ def _list_bundles(context: OperationContext, _: NoFields) -> BundleList:
 
 
 def _stored(home: FleetHome, row: BundleRow) -> StoredBundle:
-    return StoredBundle(**asdict(row), disk_bytes=bundle_bytes(home.bundles, row.bundle_id))
+    disk_bytes = bundle_bytes(home.bundles, row.bundle_id)
+    with suppress(BundleError):  # of files that were damaged since
+        if manifest := home.bundle_manifest(row.bundle_id):
+            return StoredBundle(
+                **asdict(row),
+                disk_bytes=disk_bytes,
+                exits=manifest.exits,
+                prompt_format=manifest.prompt_format,
+            )
+    return StoredBundle(**asdict(row), disk_bytes=disk_bytes)
 
 
 def _rename_bundle(context: OperationContext, naming: BundleNaming) -> NamedBundleId:

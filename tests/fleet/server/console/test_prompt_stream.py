@@ -21,9 +21,10 @@ from fleet.operator_api.operation import PREFIX, OperatorRole, SignedInOperator
 from fleet.protocol import topics
 from fleet.protocol.access import is_operator
 from fleet.protocol.report import DeviceStatus
+from fleet.server.console import prompt_stream
 from fleet.server.console.api_routes import SIGN_IN_CHECK
 from fleet.server.console.operator_prompts import OperatorPromptLimits, OperatorPrompts, app_of
-from fleet.server.console.prompt_stream import PromptStream
+from fleet.server.console.prompt_stream import STILL_ALIVE, PromptStream
 from fleet.transport.threaded_server import STOP_S, ThreadedServer
 from tests.brokers import WAIT_S, wait_until
 from tests.fleet.operator_api.api_fleet import KEYS, Handler, authenticate
@@ -138,6 +139,30 @@ def test_an_answer_is_streamed_with_its_trace(server: PromptServer) -> None:
     assert last["full_text"] == "".join(reply.get("text", "") for reply in replies)
 
 
+def test_an_answer_has_no_trace_if_it_is_not_wanted_or_not_streamed(server: PromptServer) -> None:
+    for name in ("trace", "stream"):
+        replies = [data for _, data in events_of(ask(server, SHORT | {name: False}))]
+        assert not any("trace" in reply for reply in replies)
+        assert replies[-1]["full_text"]
+
+
+def test_a_stream_begins_before_a_reply_that_takes_long(
+    fleet: MemoryFleet,
+    prompts: OperatorPrompts,
+    server: PromptServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Proxies cut connections on which nothing comes."""
+    monkeypatch.setattr(prompt_stream, "FIRST_S", 0.05)
+    device = SlowDevice(fleet, "mute", ())
+    device.start(prompts)
+    response = ask(server, device="mute")
+    assert response.status == 200
+    assert response.read(len(STILL_ALIVE)) == STILL_ALIVE
+    device.set_online(is_online=False)
+    assert [name for name, _ in events_of(response)] == ["problem"]
+
+
 def test_operators_are_apps_of_their_own(fleet: MemoryFleet, server: PromptServer) -> None:
     apps: list[str] = []
     fleet.watcher.subscribe(
@@ -167,7 +192,7 @@ def test_a_viewer_may_not_prompt(server: PromptServer) -> None:
         ({}, 400, "exactly one of 'prompt' and 'messages'"),
         ({"prompt": " "}, 400, "the prompt is empty"),
         ({"prompt": "hi", "mode": "psychic"}, 400, "mode"),
-        ({"prompt": "hi", "stream": False}, 400, "'stream' true with 'trace'"),
+        ({"prompt": "hi", "stream": False, "trace": True}, 400, "'stream' true with 'trace'"),
         ({"prompt": "hi", "n": 2}, 400, "'stream' false with 'n' 2"),
         ({"prompt": "x" * (300 << 10)}, 413, "send a shorter prompt"),
         ({"prompt": "hi", "max_new_tokens": 90_000}, 400, "refused"),
