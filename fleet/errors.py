@@ -4,6 +4,7 @@ FleetError
  +- ConfigError                 a value on the command line or in a file is not usable
  |   +- MissingExtraError       an optional extra is not installed
  |   +- RolloutError            a roll-out cannot start, or not change in that way
+ |       +- UnknownRolloutError no roll-out has that id
  +- BundleError                 a bundle is missing, altered, or made for something else
  |   +- HeadsError              a file of exit heads does not fit
  |   +- ExportError             a model cannot be exported
@@ -69,6 +70,12 @@ class RolloutError(ConfigError):
     """A roll-out cannot start, or a change is not legal in its state."""
 
     code = "bad_rollout"
+
+
+class UnknownRolloutError(RolloutError):
+    """No roll-out has this id."""
+
+    code = "unknown_rollout"
 
 
 class BundleError(FleetError):

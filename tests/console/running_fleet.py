@@ -51,7 +51,7 @@ class RunningFleet:
         )
         self.home = FleetHome.create(folder / "state", config)
         self.home.keep_bundle(bundle.folder)
-        self.home.keep_bundle(next_bundle.folder)
+        self.next_bundle_id = self.home.keep_bundle(next_bundle.folder)
         for name in (*DEVICES, AWAY):
             self.home.enroll(name, Role.DEVICE, folder / name, group="house")
         for name in WORKERS:
@@ -74,7 +74,7 @@ class RunningFleet:
             self.ask(name)
         wait_until(self._are_counted, "every answer is counted", WAIT_S)
         plan = RolloutPlan(canary_group="roof")
-        self.registry.rollouts.start(next_bundle.manifest.bundle_id, plan)
+        self.registry.rollouts.start(self.next_bundle_id, plan)
 
     def _connect(self, name: str, will: Will | None = None) -> MqttTransport:
         identity = Identity.load(self.folder / name)

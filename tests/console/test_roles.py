@@ -87,7 +87,10 @@ viewer   GET  /settings
 viewer   GET  /workers
 viewer   POST /sign-out
 operator GET  /playground
+operator GET  /rollouts/new
+operator POST /bundles/{bundle}/{change}
 operator POST /playground
+operator POST /rollouts
 operator POST /rollouts/{rollout}/{change}
 operator POST /settings
 admin    GET  /operators
@@ -108,6 +111,7 @@ def rows(table: str, prefix: str = "") -> dict[tuple[str, str], str]:
 EXAMPLES: Final = {
     "/rollouts/{rollout}": "/rollouts/999",
     "/rollouts/{rollout}/{change}": "/rollouts/999/pause",
+    "/bundles/{bundle}/{change}": "/bundles/no-such-thing/name",
     "/devices/{device}/{change}": "/devices/no-such-thing/suspend",
     "/operators/{name}/{change}": "/operators/no-such-thing/remove",
 }
@@ -128,8 +132,12 @@ def ask(client: WebClient, method: str, path: str) -> Received:
 
 def is_refused(received: Received) -> bool:
     """Whether a request came no further than the check of the session and the role."""
-    leads_to_sign_in = received.status == 303 and received.headers["Location"] == "/sign-in"
+    leads_to_sign_in = received.status == 303 and is_sign_in(received.headers["Location"])
     return received.status in (401, 403) or leads_to_sign_in
+
+
+def is_sign_in(address: str) -> bool:
+    return address.partition("?")[0] == "/sign-in"
 
 
 def test_every_route_has_a_row(site: ConsoleSite) -> None:

@@ -8,7 +8,7 @@ import msgspec
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from fleet.errors import RolloutError
+from fleet.errors import RolloutError, UnknownRolloutError
 from fleet.registry.audit import audit
 from fleet.registry.models import BundleRecord, RolloutRecord
 from fleet.registry.results import BundleRow, RolloutRow, bundle_label
@@ -223,7 +223,7 @@ class RolloutRepository(Repository):
             return rollout_rows(db, now or time.time(), limit, before=before)
 
     def get(self, rollout: int, now: float | None = None) -> RolloutRow:
-        """Return one roll-out. Raises RolloutError if no roll-out has this id."""
+        """Return one roll-out. Raises UnknownRolloutError."""
         with self._transactions.reading() as db:
             record = db.get(RolloutRecord, rollout)
             if record is None:
@@ -267,8 +267,8 @@ def _locked_rollout(db: Session, rollout: int) -> RolloutRecord:
     return record
 
 
-def _unknown_rollout(rollout: int) -> RolloutError:
-    return RolloutError(f"unknown roll-out {rollout}; see 'fleet bundle status'")
+def _unknown_rollout(rollout: int) -> UnknownRolloutError:
+    return UnknownRolloutError(f"unknown roll-out {rollout}; see 'fleet bundle status'")
 
 
 def _rollout_to_undo(db: Session, rollout: int | None) -> RolloutRecord:

@@ -10,7 +10,8 @@ import msgspec
 from aiohttp import web
 from msgspec import Struct
 
-from fleet.errors import FleetError
+from fleet.errors import FleetError, RegistryError
+from fleet.utils.rate_limited_log import RateLimitedLog
 
 STATUS: Final = {
     "bad_config": 400,
@@ -23,6 +24,7 @@ STATUS: Final = {
     "not_allowed": 403,
     "no_path": 404,
     "unknown_device": 404,
+    "unknown_rollout": 404,
     "bad_bundle": 409,
     "bad_identity": 409,
     "bad_rollout": 409,
@@ -41,9 +43,15 @@ STATUS: Final = {
 
 RETRY_S: Final = 1.0
 INTERNAL: Final = "the server failed on this request; see its log"
+REGISTRY_AWAY: Final = (
+    "the fleet's registry cannot be used now; the server's log has the cause. Try again later"
+)
+"""The text of a registry's own error has its path or its address, which operators do not learn."""
+
 JSON: Final = "application/json"
 
 log = logging.getLogger(__name__)
+warnings = RateLimitedLog(log)
 
 
 class ApiProblem(Struct, frozen=True, kw_only=True):
@@ -67,13 +75,21 @@ def problem_response(error: Exception) -> web.Response:
         log.error("a request of an operator failed", exc_info=error)
         return problem_body(500, "internal", INTERNAL)
     status = STATUS.get(error.code, 500)
-    response = problem_body(status, error.code, str(error))
+    response = problem_body(status, error.code, message_of(error))
     if status in (429, 503):
         retry_after_s = getattr(error, "retry_after_s", None) or RETRY_S
         response.headers["Retry-After"] = str(math.ceil(retry_after_s))
     if status == 401:
         response.headers["WWW-Authenticate"] = "Bearer"
     return response
+
+
+def message_of(error: FleetError) -> str:
+    """Return the text of an error for an operator; the log has that of the registry."""
+    if error.code != RegistryError.code:
+        return str(error)
+    warnings.warning("a request of an operator failed: %s", error)
+    return REGISTRY_AWAY
 
 
 def _of_path(error: web.HTTPException) -> web.Response:

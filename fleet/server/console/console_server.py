@@ -8,21 +8,22 @@ from contextlib import ExitStack
 from typing import Final
 
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 
 from fleet.errors import CredentialsError, FleetError
 from fleet.http_api.api_address import ApiAddress
 from fleet.http_api.http_server import HttpServer
 from fleet.operator_api.operation import PREFIX
-from fleet.server.console.api_errors import problem_response
+from fleet.server.console.api_errors import message_of, problem_response
 from fleet.server.console.api_routes import OperatorApi
 from fleet.server.console.authentication import (
     HEALTH_PATH,
-    SIGN_IN_PATH,
     Authentication,
     Handler,
 )
 from fleet.server.console.blocking_calls import BlockingCalls
 from fleet.server.console.rendering import render, set_static_url
+from fleet.server.console.return_page import ReturnPage
 from fleet.server.console.security_headers import header_setter
 from fleet.server.console.sign_in import SignIn
 from fleet.server.console.static_files import StaticFiles
@@ -63,10 +64,11 @@ class ConsoleServer(HttpServer):
         )
         files = StaticFiles()
         set_static_url(files.url)
-        app = web.Application(middlewares=[errors_to_pages, authentication.authenticate])
+        pages = ReturnPage(authentication.cookie, has_tls=authentication.has_tls)
+        app = web.Application(middlewares=[errors_to_pages(pages), authentication.authenticate])
         app.on_response_prepare.append(header_setter(has_tls=self._tls is not None))
         app.router.add_routes(OperatorApi(self._context, self._calls).routes())
-        app.router.add_routes(SignIn(operators, self._calls, authentication).routes())
+        app.router.add_routes(SignIn(operators, self._calls, authentication, pages).routes())
         app.router.add_routes(files.routes())
         app.router.add_get(HEALTH_PATH, _health)
         for make in self._make_routes:
@@ -78,28 +80,32 @@ async def _health(_: web.Request) -> web.Response:
     return web.Response(text="ok")
 
 
-@web.middleware
-async def errors_to_pages(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Turn failures into errors of the API, or into pages with the next step."""
-    try:
-        return await handler(request)
-    except ConnectionError:
-        raise
-    except Exception as error:
-        if isinstance(error, web.HTTPException) and error.status < 400:
+def errors_to_pages(pages: ReturnPage) -> Middleware:
+    """Return a middleware that turns failures into errors of the API, or into pages."""
+
+    @web.middleware
+    async def answer(request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except ConnectionError:
             raise
-        if request.path.startswith(PREFIX + "/"):
-            return problem_response(error)
-        if isinstance(error, CredentialsError):
-            raise web.HTTPSeeOther(SIGN_IN_PATH) from None
-        return problem_page(error)
+        except Exception as error:
+            if isinstance(error, web.HTTPException) and error.status < 400:
+                raise
+            if request.path.startswith(PREFIX + "/"):
+                return problem_response(error)
+            if isinstance(error, CredentialsError):
+                raise await pages.leave(request) from None
+            return problem_page(error)
+
+    return answer
 
 
 def problem_page(error: Exception) -> web.Response:
     """Return a page about an error. That of an unexpected one is in the log alone."""
     response = problem_response(error)  # also writes the log
     status = response.status
-    message = str(error) if isinstance(error, FleetError) else response.reason
+    message = message_of(error) if isinstance(error, FleetError) else response.reason
     next_step = "Go back, or begin again at the overview."
     if status == 503:
         next_step = "The server tries again by itself; load this page again in a few seconds."

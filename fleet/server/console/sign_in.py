@@ -13,12 +13,18 @@ from fleet.server.console.authentication import SIGN_IN_PATH, SIGN_OUT_PATH, Aut
 from fleet.server.console.blocking_calls import BlockingCalls
 from fleet.server.console.form_body import read_form
 from fleet.server.console.rendering import render
+from fleet.server.console.return_page import UNSAVED, ReturnPage
 
 MAX_FORM_BYTES: Final = 4096
 TITLE: Final = "Sign in"
 NEW_LINK: Final = (
     "Run 'fleet console' on the machine with the fleet's folder, or ask an admin of this fleet for "
     "a link."
+)
+
+ENDED_BEFORE_CHANGE: Final = (
+    "Your session has ended, and your last change was not made. Sign in on this browser: then the "
+    "page with the form is shown again, so that you can repeat the change."
 )
 
 
@@ -33,10 +39,12 @@ class SignIn:
         operators: OperatorRepository,
         calls: BlockingCalls,
         authentication: Authentication,
+        pages: ReturnPage,
     ) -> None:
         self._operators = operators
         self._calls = calls
         self._authentication = authentication
+        self._pages = pages
 
     def routes(self) -> list[web.RouteDef]:
         """Return the routes."""
@@ -48,6 +56,8 @@ class SignIn:
 
     async def _show(self, request: web.Request) -> web.Response:
         link = request.query.get("link")
+        if link is None and UNSAVED in request.query:
+            return _page(ENDED_BEFORE_CHANGE, NEW_LINK)
         if link is None:
             return _page("You are not signed in, or your session has ended.", NEW_LINK)
         return _page("This link signs you in on this browser, once.", "", link=link[:200])
@@ -61,7 +71,7 @@ class SignIn:
         except (CredentialsError, BusyError) as error:
             status = 429 if isinstance(error, BusyError) else 403
             return _page(f"{error}.".capitalize(), NEW_LINK, status=status)
-        response = web.HTTPSeeOther("/")
+        response = self._pages.back(request)
         response.set_cookie(
             self._authentication.cookie,
             str(new.secret),

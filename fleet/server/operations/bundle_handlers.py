@@ -82,7 +82,7 @@ def _list_rollouts(context: OperationContext, query: RolloutQuery) -> RolloutLis
 
 
 def _show_rollout(context: OperationContext, key: RolloutKey) -> RolloutRow:
-    """Return one roll-out. Raises RolloutError."""
+    """Return one roll-out. Raises UnknownRolloutError."""
     return context.registry.rollouts.get(key.rollout)
 
 

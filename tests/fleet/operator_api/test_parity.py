@@ -21,6 +21,7 @@ from fleet.errors import (
     StateError,
     TopicError,
     UnknownDeviceError,
+    UnknownRolloutError,
 )
 from fleet.identity.enrolment import Enrolment
 from fleet.operator_api import alarm_operations as alarms
@@ -230,7 +231,7 @@ FAILURES: Final = (
         operators.NewOperator(name="ada", role=OperatorRole.ADMIN),
     ),
     (IdentityError, keys.CREATE_KEY, keys.KeyOrder(app="watch")),
-    (RolloutError, bundles.SHOW_ROLLOUT, bundles.RolloutKey(rollout=99)),
+    (UnknownRolloutError, bundles.SHOW_ROLLOUT, bundles.RolloutKey(rollout=99)),
     (RolloutError, bundles.RESUME_ROLLOUT, bundles.RolloutChoice()),
     (RolloutError, bundles.START_ROLLOUT, bundles.RolloutStart(bundle="ffff")),
     (

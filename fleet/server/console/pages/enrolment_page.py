@@ -6,7 +6,6 @@ from typing import Final
 
 from aiohttp import web
 
-from fleet.errors import AccessError, FleetError
 from fleet.identity.enrolment import Enrolment
 from fleet.operator_api.identity_operations import (
     ENROLL,
@@ -18,7 +17,7 @@ from fleet.operator_api.identity_operations import (
 )
 from fleet.operator_api.operation import NoFields
 from fleet.protocol.access import Role
-from fleet.server.console.pages.page import Page
+from fleet.server.console.pages.page import Page, result_of
 from fleet.server.console.qr_code import qr_code
 
 PAGE_ROWS: Final = 50
@@ -35,12 +34,9 @@ async def enroll_device_form(page: Page) -> web.StreamResponse:
     name = form.get("name", "").strip()
     group = form.get("group", "").strip() or None
     order = EnrolmentOrder(enrolments=(Enrolment(name=name, group=group),))
-    try:
-        made = await page.call(ENROLL, order)
-    except AccessError:
-        raise
-    except FleetError as error:
-        return await _show(page, problem=str(error), name=name, group=group or "")
+    made, problem = await result_of(page.call(ENROLL, order))
+    if made is None:
+        return await _show(page, problem=problem, name=name, group=group or "")
     return await _show(page, invitation=made.invitations[0])
 
 

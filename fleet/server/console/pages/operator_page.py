@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from fleet.errors import AccessError, FleetError
 from fleet.operator_api.operation import NoFields, OperatorRole
 from fleet.operator_api.operator_operations import (
     ADD_OPERATOR,
@@ -16,7 +15,7 @@ from fleet.operator_api.operator_operations import (
     OperatorLink,
     OperatorName,
 )
-from fleet.server.console.pages.page import Page, see
+from fleet.server.console.pages.page import Page, result_of, see
 
 PATH = "/operators"
 
@@ -32,13 +31,8 @@ async def add_operator_form(page: Page) -> web.StreamResponse:
     name = form.get("name", "").strip()
     role = form.get("role", "")
     chosen = OperatorRole(role) if role in list(OperatorRole) else OperatorRole.VIEWER
-    try:
-        link = await page.call(ADD_OPERATOR, NewOperator(name=name, role=chosen))
-    except AccessError:
-        raise
-    except FleetError as error:
-        return await _show(page, problem=str(error), name=name)
-    return await _show(page, link=link)
+    link, problem = await result_of(page.call(ADD_OPERATOR, NewOperator(name=name, role=chosen)))
+    return await _show(page, problem=problem, name=name if problem else "", link=link)
 
 
 async def change_operator_form(page: Page) -> web.StreamResponse:

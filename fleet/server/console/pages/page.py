@@ -6,11 +6,11 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, TypeVar
 
 from aiohttp import web
 
-from fleet.errors import AccessError, FleetError
+from fleet.errors import AccessError, FleetError, RegistryError
 from fleet.operator_api.operation import (
     Operation,
     OperatorRole,
@@ -25,6 +25,7 @@ from fleet.server.console.rendering import render
 from fleet.server.operations.context import OperationContext
 from fleet.server.operations.local_access import LocalAccess
 
+Result = TypeVar("Result")
 PageHandler: TypeAlias = Callable[["Page"], Awaitable[web.StreamResponse]]
 
 NOTICES: Final = {
@@ -36,6 +37,11 @@ NOTICES: Final = {
     "restored": "The identity may connect again.",
     "revoked": "The identity is revoked for good.",
     "removed": "It is removed.",
+    "started": "The roll-out is started.",
+    "way-back": "This roll-out brings the previous bundle back.",
+    "named": "The bundle has its new name.",
+    "moved": "The device has its new group.",
+    "tagged": "The tags are stored.",
 }
 """Texts of the notices that a page shows after a change, by the value in its address."""
 
@@ -95,16 +101,16 @@ def see(path: str, notice: str = "") -> web.Response:
     return web.Response(status=303, headers={"Location": address})
 
 
-async def changed(change: Awaitable[object]) -> str:
-    """Wait for a change; return "", or the message of its error.
+async def result_of(change: Awaitable[Result]) -> tuple[Result | None, str]:
+    """Wait for a change; return its result and "", or None and the message of its error.
 
     Raises:
         AccessError: the operator may not make this change.
+        RegistryError: the registry is not usable, so no page can be shown, either.
     """
     try:
-        await change
-    except AccessError:
-        raise
+        return await change, ""
     except FleetError as error:
-        return str(error)
-    return ""
+        if isinstance(error, AccessError) or error.code == RegistryError.code:
+            raise
+        return None, str(error)

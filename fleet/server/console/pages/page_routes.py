@@ -8,6 +8,7 @@ from typing import Final
 from aiohttp import web
 
 from fleet.server.console.blocking_calls import BlockingCalls
+from fleet.server.console.pages.bundle_pages import bundles_page, change_bundle_form
 from fleet.server.console.pages.device_pages import change_device_form, device_page, devices_page
 from fleet.server.console.pages.enrolment_page import (
     enroll_device_form,
@@ -16,11 +17,7 @@ from fleet.server.console.pages.enrolment_page import (
 )
 from fleet.server.console.pages.fleet_pages import (
     audit_page,
-    bundles_page,
-    change_rollout_form,
     checks_page,
-    rollout_page,
-    rollouts_page,
     sessions_page,
     workers_page,
 )
@@ -31,6 +28,13 @@ from fleet.server.console.pages.operator_page import (
 )
 from fleet.server.console.pages.overview_page import overview_page
 from fleet.server.console.pages.page import Page, PageHandler
+from fleet.server.console.pages.rollout_pages import (
+    change_rollout_form,
+    new_rollout_page,
+    rollout_page,
+    rollouts_page,
+    start_rollout_form,
+)
 from fleet.server.console.pages.settings_page import change_settings_form, settings_page
 from fleet.server.operations.context import OperationContext
 
@@ -41,6 +45,7 @@ PAGES: Final[dict[str, PageHandler]] = {
     "/workers": workers_page,
     "/bundles": bundles_page,
     "/rollouts": rollouts_page,
+    "/rollouts/new": new_rollout_page,
     r"/rollouts/{rollout:\d{1,9}}": rollout_page,
     "/sessions": sessions_page,
     "/settings": settings_page,
@@ -51,7 +56,9 @@ PAGES: Final[dict[str, PageHandler]] = {
     "/operators": operators_page,
 }
 FORMS: Final[dict[str, PageHandler]] = {
-    "/devices/{device}/{change:suspend|resume|revoke}": change_device_form,
+    "/bundles/{bundle}/{change:name|remove}": change_bundle_form,
+    "/devices/{device}/{change:suspend|resume|revoke|group|tags}": change_device_form,
+    "/rollouts": start_rollout_form,
     r"/rollouts/{rollout:\d{1,9}}/{change:pause|resume|roll-back}": change_rollout_form,
     "/settings": change_settings_form,
     "/enrolment": enroll_device_form,

@@ -18,7 +18,7 @@ from fleet.operator_api.settings_operations import (
     SettingsTarget,
 )
 from fleet.protocol.desired_config import Settings
-from fleet.server.console.pages.page import Page, changed, see
+from fleet.server.console.pages.page import Page, result_of, see
 from fleet.utils.validation import JSON_ERRORS
 
 ALL: Final = "all"
@@ -34,7 +34,7 @@ async def change_settings_form(page: Page) -> web.StreamResponse:
     form = await page.form()
     target = form.get("target", ALL)
     name = form.get("name", "").strip()
-    problem = await changed(_change(page, target, name, form))
+    _, problem = await result_of(_change(page, target, name, form))
     if problem:
         return await _show(page, target, problem, form.get("value", ""), name)
     address = page.request.rel_url.with_query(target=target)

@@ -145,6 +145,7 @@ def test_a_registry_that_is_gone_is_an_error_of_the_server(tmp_path: Path) -> No
         (home.folder / "registry.sqlite").write_bytes(b"no database" * 1000)
         status, answer = ask(server, "GET", "/workers")
         assert (status, answer["error"]["code"]) == (503, "registry")
+        assert str(tmp_path) not in answer["error"]["message"]
 
 
 def test_each_operation_has_its_own_route_and_refuses_unknown_fields() -> None:

@@ -116,7 +116,8 @@ def test_a_page_is_well_formed_in_a_fleet_without_anything(empty: Console, path:
 
 def test_a_page_that_is_not_there_says_so(console: Console) -> None:
     assert "unknown device 'oven'" in console.page("/devices/oven", status=404).text
-    console.page("/rollouts/99", status=409)
+    assert "unknown roll-out 99" in console.page("/rollouts/99", status=404).text
+    assert console.browser().post("/rollouts/99/pause").status == 404
     console.page("/nothing", status=404)
 
 
@@ -193,7 +194,9 @@ def test_every_form_refuses_another_site(console: Console) -> None:
         "{device}": "kitchen",
         r"{rollout:\d{1,9}}": "1",
         "{name}": "ada",
-        "{change:suspend|resume|revoke}": "revoke",
+        "{bundle}": BUNDLE,
+        "{change:name|remove}": "remove",
+        "{change:suspend|resume|revoke|group|tags}": "revoke",
         "{change:pause|resume|roll-back}": "roll-back",
         "{change:link|remove|role}": "remove",
     }
