@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -57,6 +58,8 @@ TEMPLATE: Final = (
 )
 PLACES: Final = ("tomatoes", "orchids", "seedlings", "cacti", "herbs")
 TEMPLATE_TOKENS: Final = 8
+PAUSE_S: Final = 0.3
+"""The time between two prompts, in which an engine ends its work on the answer before."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -133,12 +136,12 @@ class ChatBench:
             ids = self._tokenizer.encode(requests[-1])
             num_kept = common_prefix(before, ids)
             new_texts.append(self._text_of(ids[num_kept:]))
-            answers.append(self._responder.ask(requests[-1], reuse=True))
+            answers.append(self._ask(requests[-1], reuse=True))
             turns.append(turn_row(turn, answers[-1], num_kept))
             messages.append(ChatMessage("assistant", answers[-1].text))
             before = [*ids, *answers[-1].token_ids]
-        fresh = [self._responder.ask(request, reuse=False) for request in requests]
-        alone = [self._responder.ask(text, reuse=False) for text in new_texts]
+        fresh = [self._ask(request, reuse=False) for request in requests]
+        alone = [self._ask(text, reuse=False) for text in new_texts]
         return Conversation(
             turns=turns,
             fresh=list(itertools.starmap(turn_row, enumerate(fresh, 1))),
@@ -147,6 +150,11 @@ class ChatBench:
                 one.token_ids == other.token_ids for one, other in zip(answers, fresh, strict=True)
             ),
         )
+
+    def _ask(self, request: PromptRequest, *, reuse: bool) -> Answer:
+        """Ask after a pause, as a person does."""
+        time.sleep(PAUSE_S)
+        return self._responder.ask(request, reuse=reuse)
 
     def _text_of(self, ids: Sequence[int]) -> PromptRequest:
         """Return a prompt of these tokens, for the first token of its answer."""
@@ -164,8 +172,8 @@ class ChatBench:
             messages = (ChatMessage("system", TEMPLATE), ChatMessage("user", reading))
             request = PromptRequest(messages=messages, **options)
             ids = self._tokenizer.encode(request)
-            answer = self._responder.ask(request, reuse=True)
-            fresh = self._responder.ask(request, reuse=False)
+            answer = self._ask(request, reuse=True)
+            fresh = self._ask(request, reuse=False)
             conversation.turns.append(turn_row(number, answer, common_prefix(before, ids)))
             conversation.fresh.append(turn_row(number, fresh))
             before = ids

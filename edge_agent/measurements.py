@@ -8,6 +8,8 @@ from typing import Final
 
 FURTHER_COST: Final = 0.25
 """The time of one more position in a run, in those of a single one, before it is measured."""
+MIN_FURTHER_S: Final = 1e-4
+"""The least time of one more position in a run, in seconds."""
 MIN_PROMPT: Final = 64
 """The positions of a prompt from which on its upload is worth a choice."""
 NUM_TRIALS: Final = 3
@@ -129,6 +131,12 @@ class Measurements:
             single = self._single.value or 1.0
             further = self._further.value if self._further.count else FURTHER_COST * single
             return single + (num_positions - 1) * further
+
+    def positions_within(self, seconds: float) -> int:
+        """Return how many positions, at least one, a run of at most this time has."""
+        single = self.chunk_cost(1)
+        further = self.chunk_cost(2) - single
+        return 1 + int(max(0.0, seconds - single) / max(further, MIN_FURTHER_S))
 
     def round_trip_done(self, seconds: float) -> None:
         """Count a round trip from a verify request to its response, the worker's time included.

@@ -104,6 +104,7 @@ class SpeculativeDecoder:
         self._asked_trusting = False
         self._asked_at = 0.0
         self._has_begun = False
+        self._has_verdict = False
         self._tracer = tracer
 
     @property
@@ -123,7 +124,7 @@ class SpeculativeDecoder:
         not notice that an exit is confident and the token needs no verdict.
 
         The first request has the drafts of one step, so that the first token comes soon; the device
-        drafts on meanwhile.
+        drafts on meanwhile, in chunks that end before the verdict is expected.
 
         A call adds drafts only while there are fewer than `max_tokens` drafts, and fewer than the
         decoder's `max_draft`. With 0 it adds none: it requests a verdict on the existing drafts,
@@ -150,7 +151,7 @@ class SpeculativeDecoder:
         if response:
             return self._settle(response)
         if may_draft:
-            self._draft(room, trusts_exits=trusts_exits)
+            self._draft(min(room, self._num_in_time()), trusts_exits=trusts_exits)
         return []
 
     def release(self) -> list[GeneratedToken]:
@@ -191,6 +192,16 @@ class SpeculativeDecoder:
         elapsed_s = time.monotonic() - self._asked_at
         wait_s = max(0.0, measured.round_trip_s - elapsed_s)
         return self._decoder.is_free and worth_guessing(self._survival, measured.step_s, wait_s)
+
+    def _num_in_time(self) -> int:
+        """Return how many positions a chunk may have now.
+
+        Before the first verdict it is so short that it does not delay the first token.
+        """
+        if self._has_verdict:
+            return self._max_draft
+        wait_s = self._measurements.snapshot().round_trip_s - (time.monotonic() - self._asked_at)
+        return self._measurements.positions_within(wait_s)
 
     def _is_worth_another(self) -> bool:
         measured = self._measurements.snapshot()
@@ -298,6 +309,7 @@ class SpeculativeDecoder:
         """Return the tokens that the verdict makes certain."""
         asked = self._drafts[: self._num_asked]
         self._num_asked = 0
+        self._has_verdict = True
         if self._tracer:
             self._trace_verdict(self._tracer, asked, response)
         tokens = []
