@@ -80,7 +80,7 @@ class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     upload_dtype: UploadDtype = "float16"
     upload_prompt: UploadPrompt = "hidden"
     split: Split = "auto"
-    max_draft: Annotated[int, Meta(ge=1, le=MAX_DRAFT)] = 16
+    max_draft: Annotated[int, Meta(ge=1, le=MAX_DRAFT)] = 32
     agreement_sample: Share = 0.0
     suffix_tables: TableStorage = "disk"
     triggers: Triggers = ()

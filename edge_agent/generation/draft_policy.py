@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-WORTH: Final = 2.1  # steps
+WORTH: Final = 1.9  # steps
 MIN_SURVIVAL: Final = 0.1
 
 
