@@ -13,6 +13,10 @@ from tests.console.console_site import LEVELS, ConsoleSite
 from tests.console.web_client import Received, WebClient
 
 API: Final = """
+viewer   GET    /alarm-events
+viewer   GET    /alarm-rules
+viewer   GET    /alarm-totals
+viewer   GET    /alarms
 viewer   GET    /audit
 viewer   GET    /bundles
 viewer   GET    /checks
@@ -34,7 +38,11 @@ viewer   GET    /statistics/devices
 viewer   GET    /statistics/groups
 viewer   GET    /statistics/hours
 viewer   GET    /workers
+operator DELETE /alarm-rules/{target}/{kind}
+operator PATCH  /alarm-rules/{target}/{kind}
 operator PATCH  /settings/{target}
+operator POST   /alarm-rules/{target}/mute
+operator POST   /alarms/acknowledge
 operator POST   /devices/{device}/prompts
 operator POST   /rollouts
 operator POST   /rollouts/pause
