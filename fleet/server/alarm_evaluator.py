@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from fleet.errors import BundleError
+from fleet.errors import BundleError, FleetError
 from fleet.registry.alarms.alarm_kinds import AlarmKind
 from fleet.registry.alarms.conditions import BundleFacts, FactsOf
 from fleet.registry.alarms.transitions import AlarmCondition, AlarmEvaluation, AlarmKey
@@ -16,7 +16,7 @@ from fleet.transport.base import Transport
 
 PERIOD_S: Final = 15.0
 SETTLE_S: Final = 60.0
-"""The time after the start, or after a new link, in which devices publish their statuses again."""
+"""The time after the start, a new link or an error in which statuses are not complete again."""
 
 JUMP_S: Final = 30.0
 """A greater difference between the wall clock and the monotonic clock is a jump of the former."""
@@ -61,9 +61,14 @@ class AlarmEvaluator:
             RegistryError: the registry is not available.
         """
         now = self._monotonic()
-        if now >= self._next_at:
-            self._next_at = now + PERIOD_S
+        if now < self._next_at:
+            return
+        self._next_at = now + PERIOD_S
+        try:
             self._evaluate(now)
+        except FleetError:  # statuses were not stored, either
+            self._settle()
+            raise
 
     def _evaluate(self, now: float) -> None:
         wall = self._clock()

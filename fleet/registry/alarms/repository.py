@@ -45,6 +45,7 @@ from fleet.registry.models import (
 from fleet.registry.settings import check_settings_target
 from fleet.registry.targets import Scope, Target
 from fleet.registry.transactions import Repository
+from fleet.utils.printable import printable
 
 MAX_NOTE_LENGTH: Final = 1000
 VALUE_NAMES: Final = AlarmRuleValues.__struct_fields__
@@ -111,7 +112,7 @@ class AlarmRepository(Repository):
         self._transactions.write(work)
 
     def acknowledge(self, alarms: Sequence[int], note: str = "") -> list[AlarmRow]:
-        """Acknowledge alarms under the actor's name; return them.
+        """Acknowledge alarms under the actor's name; return them. A note becomes one line.
 
         Raises:
             ConfigError: there is no such alarm, it has resolved, or it was acknowledged; then none
@@ -131,7 +132,7 @@ class AlarmRepository(Repository):
         record = _acknowledgeable(db, alarm)
         record.acknowledged_by = self.actor[:200]
         record.acknowledged_at = now
-        record.note = note[:MAX_NOTE_LENGTH]
+        record.note = printable(" ".join(note.split()))[:MAX_NOTE_LENGTH]
         add_event(db, record, AlarmChange.ACKNOWLEDGED, self.actor, now)
         details = {"alarm": alarm, "kind": record.kind, "note": record.note}
         audit(db, self.actor, "alarm_acknowledge", record.subject, **details)

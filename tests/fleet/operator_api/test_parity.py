@@ -275,6 +275,7 @@ FAILURES: Final = (
     (ConfigError, alarms.LIST_ALARMS, alarms.AlarmQuery(after="yesterday")),
     (ConfigError, alarms.ACKNOWLEDGE_ALARMS, alarms.Acknowledgement(alarms=(2,))),
     (ConfigError, alarms.ACKNOWLEDGE_ALARMS, alarms.Acknowledgement(alarms=(3, 99))),
+    (ConfigError, alarms.ACKNOWLEDGE_ALARMS, alarms.Acknowledgement(alarms=(1 << 53,))),
     (ConfigError, alarms.LIST_ALARM_RULES, alarms.AlarmRuleQuery(target="kitchen")),
     (
         ConfigError,

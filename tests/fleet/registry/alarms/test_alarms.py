@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
-from fleet.errors import ConfigError, UnknownDeviceError
+from fleet.errors import ConfigError, RegistryError, UnknownDeviceError
 from fleet.protocol.types import DAY_S
 from fleet.registry.alarms.alarm_kinds import AlarmKind
 from fleet.registry.alarms.alarm_rows import AlarmFilter, AlarmTotals
@@ -15,7 +17,9 @@ from fleet.registry.alarms.rules import AlarmRuleValues
 from fleet.registry.store import Registry
 from fleet.registry.targets import Scope, Target
 from fleet.server.alarm_evaluator import SETTLE_S
-from tests.brokers import WAIT_S
+from fleet.server.retention import Retention
+from fleet.transport.in_memory import InMemoryBroker
+from tests.brokers import WAIT_S, wait_until
 from tests.fleet.conftest import add
 from tests.fleet.registry.alarms.alarm_site import EVERYWHERE, HOUSE, KITCHEN, AlarmSite
 
@@ -157,6 +161,14 @@ def test_no_alarm_is_acknowledged_twice_or_when_it_has_resolved(prompt_site: Ala
         alarms.acknowledge([attic])
 
 
+@pytest.mark.parametrize("note", ["a\nb\x00\x1b[31m", "x" * 100_000, "<b>&\u202e</b>"])
+def test_a_note_is_one_printable_line_of_bounded_length(prompt_site: AlarmSite, note: str) -> None:
+    (row,) = prompt_site.registry.alarms.acknowledge([lose(prompt_site)], note)
+    assert row.note.isprintable()
+    assert 0 < len(row.note) <= 1000
+    assert prompt_site.all_events()[-1].note == row.note
+
+
 def test_a_muted_alarm_is_in_the_list_and_its_event_comes_when_the_silence_ends(
     prompt_site: AlarmSite,
 ) -> None:
@@ -236,6 +248,25 @@ def test_a_server_that_starts_again_neither_fires_nor_resolves_by_that(site: Ala
     assert site.firing() == [("offline", "attic"), ("offline", "kitchen")]
 
 
+def test_after_a_registry_that_was_away_durations_begin_again(
+    tmp_path: Path, ready_sqlite: Path
+) -> None:
+    path = Path(shutil.copy(ready_sqlite, tmp_path / "registry.sqlite"))
+    with Registry.open(path) as registry, InMemoryBroker().connect("collector") as link:
+        site = AlarmSite(registry, str(path), link)
+        site.publish("kitchen", online=False)
+        site.pass_s(590.0)
+        away = path.rename(tmp_path / "away")
+        with pytest.raises(RegistryError):
+            site.pass_s(15.0)
+        away.rename(path)
+        site.pass_s(SETTLE_S)
+        site.pass_s(590.0)
+        assert site.firing() == []
+        site.pass_s(30.0)
+        assert site.firing() == [("offline", "kitchen")]
+
+
 @pytest.mark.parametrize("jump_s", [-30 * DAY_S, -HOUR_S, 40.0, HOUR_S, 300 * DAY_S])
 def test_a_jump_of_the_wall_clock_fires_nothing(site: AlarmSite, jump_s: float) -> None:
     site.publish("kitchen", online=False)
@@ -301,6 +332,13 @@ def test_numbers_of_events_are_not_used_again_after_old_ones_are_deleted(
     assert alarms.page(AlarmFilter(state="all")) == []
     assert lose(prompt_site) > alarm
     assert alarms.newest_event() > newest
+
+
+def test_retention_deletes_the_history(prompt_site: AlarmSite) -> None:
+    lose(prompt_site)
+    alarms = prompt_site.registry.alarms
+    with Retention(prompt_site.registry, days=-1.0):
+        wait_until(lambda: alarms.events() == [], "the events are deleted")
 
 
 def test_old_alarms_that_fire_are_not_deleted(prompt_site: AlarmSite) -> None:
